@@ -1,19 +1,17 @@
 """From the description of layers to the operations of a program."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from cpu_kernels.engine.plans import activation_parameters
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
 from cpu_kernels.step import attend, heads, index, latent, recurrence
 from cpu_kernels.step.cached import PLACE_SIZE
 from cpu_kernels.step.capped import add_cap
 from cpu_kernels.step.channels import Unit, add_channels
-from cpu_kernels.step.experts import add_experts, add_scaled_inputs, experts_call
-from cpu_kernels.step.gated import add_gated
+from cpu_kernels.step.emit_experts import ExpertsEmitter, first_half
 from cpu_kernels.step.gated_norm import add_gated_norm
 from cpu_kernels.step.held_states import STATES_SIZE
 from cpu_kernels.step.parts import (
@@ -34,9 +32,8 @@ from cpu_kernels.step.parts import (
     StateLayer,
     Sum,
 )
-from cpu_kernels.step.products import PLAIN_FORMAT, Product, Shared, add_product, target_of
-from cpu_kernels.step.program import FIRST_ROW, MAX_ROWS, N_ROWS, Part, Program
-from cpu_kernels.step.router import add_selection
+from cpu_kernels.step.products import Product, Shared, add_product
+from cpu_kernels.step.program import FIRST_ROW, MAX_ROWS, N_ROWS, Part
 from cpu_kernels.step.stream import Norm, Summand, Target, add_stream
 
 
@@ -60,30 +57,20 @@ class StateCalls:
 
 
 @dataclass(slots=True)
-class Emitter:
+class Emitter(ExpertsEmitter):
     """Adds layers to a program. pending: results that the next row operation adds to the stream; keep: what the stream
-    is multiplied with before."""
+    is multiplied with before. caches, states: of its attention and of its layers with states, in order."""
 
-    program: Program
-    width: int
-    isa_name: str
-    ropes: tuple[int, ...]
     caches: list[CacheCalls] = field(default_factory=list)
     states: list[StateCalls] = field(default_factory=list)
-    active: dict[int, np.ndarray] = field(default_factory=dict)
     pending: list[Summand] = field(default_factory=list)
     keep: float = 1.0
-    stream: int = field(init=False)
     angles: list[tuple[int, int]] = field(init=False)
-    _shared: Shared = field(init=False)
     _of_head: Shared = field(init=False)
-    _layer: int = 0
-    _n_names: int = 0
 
     def __post_init__(self) -> None:
-        self._shared = Shared.of(self.program, self.program.state)
+        self._begin()
         self._of_head = Shared.of(self.program, self.program.head_state)
-        self.stream = self.program.floats("stream", self.width)
         self.angles = [
             (self.program.floats(f"cos {i}", n), self.program.floats(f"sin {i}", n)) for i, n in enumerate(self.ropes)
         ]
@@ -132,6 +119,9 @@ class Emitter:
         if branch.post is not None:
             results = [self._normed_sum(results, branch.post)]
         self.pending = [Summand(r.address, r.parts, r.scale * branch.scale, r.gate) for r in results]
+        if branch.takes:
+            self.pending += self._late
+            self._late = []
         self.keep = branch.keep
 
     def _core(self, core: Core, rows: int, sources: list[Target]) -> list[Summand]:
@@ -159,20 +149,13 @@ class Emitter:
                 own = self.program.floats(f"normed {number}", self.width)
                 targets = self._written(rows, arm.pre, own, forms, f"input {number} of")
             found = self._core(arm.core, own, targets)
-            results += found if arm.post is None else [self._normed_sum(found, arm.post, f" {number}")]
+            if arm.post is not None:
+                found = [self._normed_sum(found, arm.post, f" {number}")]
+            if arm.late:
+                self._late.append(self._kept_sum(found))
+            else:
+                results += found
         return results
-
-    def _normed_sum(self, summands: list[Summand], norm: Norm, whose: str = "") -> Summand:
-        """Adds the norm of what summands come to."""
-        delta, normed = (
-            self.program.floats("delta", self.width),
-            self.program.floats(f"delta normed{whose}", self.width),
-        )
-        add_stream(
-            self.program, Part.NORMS, self._layer, delta, self.width, keep=0.0, summands=summands, norm=norm,
-            out=normed,
-        )  # fmt: skip
-        return Summand(normed)
 
     def _formats(self, core: Core) -> list[Format]:
         """Formats of what reads the normalised stream, in the order in which it is read."""
@@ -185,8 +168,8 @@ class Emitter:
             of_gate = () if core.gate is None else (core.gate.product,)
             return [product.format(self.isa_name) for product in (core.query, core.down, *of_index, *of_gate)]
         if isinstance(core, Mlp):
-            return [product.format(self.isa_name) for product in _first_half(core)]
-        shared = [product.format(self.isa_name) for mlp in core.shared for product in _first_half(mlp)]
+            return [product.format(self.isa_name) for product in first_half(core)]
+        shared = [product.format(self.isa_name) for mlp in core.shared for product in first_half(mlp)]
         router = [core.router.format(self.isa_name)] if core.router_norm is None else []
         if core.enter is not None:
             return [*shared, *router, core.enter.format(self.isa_name)]
@@ -199,45 +182,6 @@ class Emitter:
         targets = self._written(self.stream, norm, out, forms, "input", self.keep, self.pending)
         self.pending, self.keep = [], 1.0
         return out, targets
-
-    def _written(
-        self, rows: int, norm: Norm | None, out: int, forms: list[Format], name: str, keep: float = 1.0,
-        summands: Sequence[Summand] = (), width: int = 0,
-    ) -> list[Target]:  # fmt: skip
-        """Adds a row operation on `rows`, whose result at `out` is written in formats too; where each lies. width: 0:
-        the stream's."""
-        width = width or self.width
-        targets = {form: self._target(name, form, out, width) for form in forms}
-        written = [target for form, target in targets.items() if target.address != out]
-        add_stream(
-            self.program, Part.NORMS, self._layer, rows, width, keep=keep, summands=summands, norm=norm, out=out,
-            targets=written,
-        )  # fmt: skip
-        return [targets[form] for form in forms]
-
-    def _target(self, name: str, form: Format, rows: int, width: int) -> Target:
-        """Where rows of floats [width] at `rows` are read in a format: as they lie, where that is the format."""
-        target = target_of(self.program, f"{name} {width}", form, width, self.isa_name)
-        reads_floats = form == PLAIN_FORMAT and width % 64 == 0
-        return Target(target.prepare, rows, 4 * width) if reads_floats else target
-
-    def _prepared(self, name: str, rows: int, width: int, product: Product, norm: Norm | None = None) -> Target:
-        """Adds what writes float rows (normalised, if asked) in the format that a product reads."""
-        form = product.format(self.isa_name)
-        target = self._target(name, form, rows, width)
-        if norm is not None or target.address != rows:
-            written = () if target.address == rows else (target,)
-            add_stream(
-                self.program, Part.NORMS, self._layer, rows, width, keep=1.0, norm=norm, targets=written,
-            )  # fmt: skip
-        return target
-
-    def _product(
-        self, part: Part, product: Product, source: Target, out: int, *, meets: bool = True, scale: float = 1.0
-    ) -> int:
-        return add_product(
-            self.program, self._shared, part, product, source, out, self.isa_name, meets=meets, scale=scale
-        )
 
     def _attention(self, core: Attention, sources: list[Target]) -> Summand:
         program = self.program
@@ -373,120 +317,6 @@ class Emitter:
         if core.norm is not None:
             add_gated_norm(program, core.norm, result, None if core.gate is None else of(core.gate))
         return self._attention_result(result, core.output)
-
-    def _mlp(self, mlp: Mlp, sources: list[Target], part: Part) -> Summand:
-        """A dense MLP by itself."""
-        number = self._numbers(1)
-        switch = self._first_half(mlp, sources, part, number, meets=True)
-        source = self._activation(mlp, part, number, meets=True)
-        out = self.program.floats(f"dense {number}", mlp.down.n_out)
-        self._product(part, mlp.down, source, out)
-        return Summand(out, scale=mlp.scale, gate=switch)
-
-    def _moe(self, core: Moe, sources: list[Target], normed: int) -> list[Summand]:
-        """Routed and shared experts: what does not depend on each other has no meeting of threads between.
-
-        normed: where the block's input lies as float32 rows.
-        """
-        program, part, read = self.program, Part.SHARED_EXPERTS, iter(sources)
-        switches = []
-        first = self._numbers(len(core.shared))
-        for number, mlp in enumerate(core.shared, first):
-            halves = [next(read) for _ in _first_half(mlp)]
-            switches.append(self._first_half(mlp, halves, part, number, meets=False))
-        router = self._router_source(core, normed) if core.router_norm is not None else next(read)
-        logits, width = program.floats("router logits", core.router.n_out), core.spec.hidden
-        self._product(Part.ROUTER, core.router, router, logits)
-        top_k = core.selection.top_k
-        ids, weights = program.floats("ids", top_k), program.floats("weights", top_k)
-        rows = program.floats("expert rows", top_k * width)
-        if core.scaled_inputs:
-            form = format_of(core.spec.dtype, BY_NAME[self.isa_name])
-            source = target_of(program, "scaled input", form, self.width, self.isa_name, top_k)
-        else:
-            source = self._experts_source(core, next(read, None), normed)
-        call = experts_call(
-            program, core.spec, top_k, source, 0 if core.scaled_inputs else weights, rows, self.isa_name
-        )
-        self.active[self._layer] = add_selection(
-            program, core.selection, logits, call, core.addresses, ids, weights, meets=not core.shared,
-            by_entry=core.scaled_inputs,
-        )  # fmt: skip
-        results: list[Summand] = []
-        prepared = []
-        for number, mlp in enumerate(core.shared, first):
-            prepared.append(self._activation(mlp, part, number, meets=mlp is core.shared[-1]))
-        if core.scaled_inputs:
-            add_scaled_inputs(program, self.width, top_k, normed, weights, source)
-        for number, (mlp, half, switch) in enumerate(zip(core.shared, prepared, switches, strict=True), first):
-            out = program.floats(f"dense {number}", mlp.down.n_out)
-            self._product(part, mlp.down, half, out, meets=False)
-            results.append(Summand(out, scale=mlp.scale, gate=switch))
-        add_experts(program, call)
-        routed = Summand(rows, parts=top_k)
-        return [routed if core.leave is None else self._leave(core.leave, routed), *results]
-
-    def _router_source(self, core: Moe, rows: int) -> Target:
-        """Adds the router's own norm of the block's input."""
-        out, form = self.program.floats("normed of router", self.width), core.router.format(self.isa_name)
-        return self._written(rows, core.router_norm, out, [form], "input of router")[0]
-
-    def _experts_source(self, core: Moe, given: Target | None, rows: int) -> Target:
-        """Where routed experts find their input: `given`, or what a product of that or a norm makes of it."""
-        width, form = core.spec.hidden, format_of(core.spec.dtype, BY_NAME[self.isa_name])
-        if core.enter is not None:
-            assert given is not None
-            rows = self.program.floats("entered", width)
-            self._product(Part.EXPERTS, core.enter, given, rows)
-        elif core.expert_norm is None:
-            assert given is not None
-            return given
-        out = rows if core.expert_norm is None else self.program.floats("normed of experts", width)
-        return self._written(rows, core.expert_norm, out, [form], "input of experts", width=width)[0]
-
-    def _leave(self, product: Product, routed: Summand) -> Summand:
-        """Adds the product of the sum of what routed experts give."""
-        total, width = self.program.floats("sum of experts", product.n_in), product.n_in
-        form = product.format(self.isa_name)
-        source = self._written(total, None, total, [form], "leaving", 0.0, [routed], width)[0]
-        out = self.program.floats("left", product.n_out)
-        self._product(Part.EXPERTS, product, source, out)
-        return Summand(out)
-
-    def _numbers(self, n: int) -> int:
-        """The first of n numbers that nothing else in this branch has: what is named by them lies apart."""
-        self._n_names += n
-        return self._n_names - n
-
-    def _first_half(self, mlp: Mlp, sources: list[Target], part: Part, number: int, *, meets: bool) -> int:
-        """Gate and up projections, and the switch; returns where the switch's logits lie, 0 without."""
-        products = _first_half(mlp)
-        for i, (product, source) in enumerate(zip(products, sources, strict=True)):
-            out = self.program.floats(f"dense {number} half {i}", product.n_out)
-            self._product(part, product, source, out, meets=meets and i == len(products) - 1)
-        return 0 if mlp.switch is None else self.program.floats(f"dense {number} half {len(products) - 1}", 1)
-
-    def _activation(self, mlp: Mlp, part: Part, number: int, *, meets: bool) -> Target:
-        """The activation of a first half, written as `down` reads it."""
-        program, inter, form = self.program, mlp.down.n_in, mlp.down.format(self.isa_name)
-        target = target_of(program, f"dense {number} {inter}", form, inter, self.isa_name)
-        first = program.floats(f"dense {number} half 0", _first_half(mlp)[0].n_out)
-        if mlp.fused:
-            gate, up = (first, 2 * inter), (first + 4 * inter, 2 * inter)
-        elif mlp.gate is not None:
-            gate, up = (first, inter), (program.floats(f"dense {number} half 1", inter), inter)
-        else:
-            gate, up = None, (first, inter)
-        parameters = activation_parameters(mlp.activation)
-        add_gated(
-            program, part, mlp.activation, form, gate, up, inter, target, parameters, self.isa_name, meets=meets
-        )  # fmt: skip
-        return target
-
-
-def _first_half(mlp: Mlp) -> tuple[Product, ...]:
-    """What reads the MLP's input: gate, up (or both in one), then the switch."""
-    return tuple(product for product in (mlp.gate, mlp.up, mlp.switch) if product is not None)
 
 
 def _units(segment: Segment, of: Callable[[HeadColumns], recurrence.Places]) -> list[Unit]:

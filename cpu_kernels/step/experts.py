@@ -11,11 +11,13 @@ from cpu_kernels.engine.plans import expert_plan
 from cpu_kernels.engine.workers import DOWN_WORK, UP_WORK
 from cpu_kernels.format.spec import ExpertSpec
 from cpu_kernels.jit.compiled import Worker
-from cpu_kernels.jit.primitives import call_prepare, floats_at, int64s_at, take_ticket
+from cpu_kernels.jit.primitives import call_prepare, floats_at, int32s_at, int64s_at, take_ticket
 from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
 from cpu_kernels.step.stream import Target
 
 STATE, NEXT, WIDTH, TOP_K, ROWS, WEIGHTS, SCALED, PREPARE, PLACE, ROW_BYTES, SCALED_CALL = range(11)
+# The identity: the same first positions, then the number of experts that have weights, and where ids and results lie.
+N_REAL, IDS, OUT, IDENTITY_CALL = range(WEIGHTS + 1, WEIGHTS + 5)
 
 
 def experts_call(
@@ -76,3 +78,34 @@ def add_scaled_inputs(program: Program, width: int, top_k: int, rows: int, weigh
     call[[PREPARE, PLACE, ROW_BYTES]] = target.prepare, target.address, target.row_bytes
     program.count(call, NEXT)
     program.add(SCALED_WORK, call, Part.EXPERTS)
+
+
+def _pass_identity(call_address: int, thread: int) -> None:
+    """Worker. Task: a row of a token for one of its experts, where that is the identity."""
+    call = int64s_at(call_address, IDENTITY_CALL)
+    n_rows, width, top_k = int64s_at(call[STATE], STATE_SIZE)[N_ROWS], call[WIDTH], call[TOP_K]
+    while True:
+        entry = take_ticket(call[NEXT])
+        if entry >= n_rows * top_k:
+            return
+        if int32s_at(call[IDS], entry + 1)[entry] >= call[N_REAL]:
+            weight = floats_at(call[WEIGHTS], entry + 1)[entry]
+            values = floats_at(call[ROWS] + 4 * (entry // top_k) * width, width)
+            out = floats_at(call[OUT] + 4 * entry * width, width)
+            for i in range(width):
+                out[i] = values[i] * weight
+
+
+IDENTITY_WORK = Worker(_pass_identity)
+
+
+def add_identities(
+    program: Program, width: int, n_real: int, top_k: int, rows: int, ids: int, weights: int, out: int
+) -> None:  # fmt: skip
+    """Adds the results of experts that give what they are given: for ids int32 [rows, top_k] from `n_real` on, float32
+    [rows, width] at `rows` times weights float32 [rows, top_k] go to [rows, top_k, width] at `out`."""
+    call = program.zeros(IDENTITY_CALL, np.int64)
+    call[[STATE, WIDTH, TOP_K, ROWS, WEIGHTS]] = program.state.ctypes.data, width, top_k, rows, weights
+    call[[N_REAL, IDS, OUT]] = n_real, ids, out
+    program.count(call, NEXT)
+    program.add(IDENTITY_WORK, call, Part.EXPERTS)

@@ -199,7 +199,8 @@ class Mlp:
 
 @dataclass(frozen=True, slots=True)
 class Moe:
-    """Routed experts and shared ones. addresses int64 [experts]: of the packed records.
+    """Routed experts and shared ones. addresses int64 [experts]: of the packed records; experts of the router beyond
+    these are the identity.
 
     scaled_inputs: an expert's input is multiplied with its weight, and its output is not. router_norm: of the block's
     input, which the router reads. What routed experts read goes through `enter` and `expert_norm`, and their sum
@@ -220,11 +221,15 @@ class Moe:
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """One of several cores whose results are summed: post(core(pre(x))), where x is given to all of them."""
+    """One of several cores whose results are summed: post(core(pre(x))), where x is given to all of them.
+
+    late: its result is not in this sum, but in that of the next branch that takes it.
+    """
 
     core: "Core"
     pre: Norm | None = None
     post: Norm | None = None
+    late: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +246,8 @@ Core = Attention | LatentAttention | StateLayer | Mlp | Moe | Sum
 class Branch:
     """stream = keep * stream + scale * post(core(pre(stream))).
 
-    renews: from here on pre(stream) is the stream, which is kept and added to.
+    renews: from here on pre(stream) is the stream, which is kept and added to. takes: the results of late arms before
+    are added as well.
     """
 
     core: Core
@@ -250,6 +256,7 @@ class Branch:
     scale: float = 1.0
     keep: float = 1.0
     renews: bool = False
+    takes: bool = False
 
     @property
     def cores(self) -> tuple[Core, ...]:

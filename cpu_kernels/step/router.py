@@ -15,7 +15,7 @@ from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
 
 (STATE, NEXT, LOGITS, N_EXPERTS, TOP_K, SCORING, CORRECTION, N_GROUPS, TOP_GROUPS, BEST_OF_GROUP, WEIGHING,
  SCALE, JITTER, SCORES, CHOICE, ROOM, IDS, WEIGHTS, ADDRESSES, EXPERTS_CALL, COUNTS, ACTIVE, BY_ENTRY,
- EXPERT_SCALES, ROUTER_CALL) = range(25)  # fmt: skip
+ EXPERT_SCALES, N_REAL, ROUTER_CALL) = range(26)  # fmt: skip
 SOFTMAX, SIGMOID = range(2)
 """What a score is, from the logits."""
 AS_SCORED, SUM_TO_ONE, SOFTMAX_OF_CHOSEN, SIGMOID_OF_CHOSEN = range(4)
@@ -192,7 +192,7 @@ def _fill_tables(call: np.ndarray, n_rows: Whole) -> None:
     n_entries = n_rows * call[TOP_K]
     ids = int32s_at(call[IDS], n_entries)
     counts = int32s_at(call[COUNTS], call[N_EXPERTS])
-    addresses = int64s_at(call[ADDRESSES], call[N_EXPERTS])
+    addresses = int64s_at(call[ADDRESSES], call[N_REAL])
     records, starts = int64s_at(experts[engine.RECORDS], n_entries), int64s_at(experts[engine.STARTS], n_entries + 1)
     tokens, flat = int32s_at(experts[engine.TOKENS], n_entries), int32s_at(experts[engine.FLAT], n_entries)
     for expert in range(counts.size):
@@ -200,7 +200,7 @@ def _fill_tables(call: np.ndarray, n_rows: Whole) -> None:
     for entry in range(n_entries):
         counts[ids[entry]] += 1
     n_active, n = 0, 0
-    for expert in range(counts.size):
+    for expert in range(addresses.size):
         if counts[expert] > 0:
             records[n_active], starts[n_active] = addresses[expert], n
             n += counts[expert]
@@ -208,6 +208,8 @@ def _fill_tables(call: np.ndarray, n_rows: Whole) -> None:
             n_active += 1
     starts[n_active] = n
     for entry in range(n_entries):
+        if ids[entry] >= addresses.size:
+            continue
         place = counts[ids[entry]]
         flat[place], tokens[place] = entry, entry if call[BY_ENTRY] else entry // call[TOP_K]
         counts[ids[entry]] += 1
@@ -220,17 +222,16 @@ SELECT_WORK = Worker(_select)
 
 
 def add_selection(
-    program: Program, selection: Selection, logits: int, experts: np.ndarray, addresses: np.ndarray, ids: int,
-    weights: int, *, meets: bool, by_entry: bool = False,
+    program: Program, selection: Selection, n_experts: int, logits: int, experts: np.ndarray, addresses: np.ndarray,
+    ids: int, weights: int, *, meets: bool, by_entry: bool = False,
 ) -> np.ndarray:  # fmt: skip
     """Adds the choice of experts from float32 [rows, experts] at `logits`; returns int64 [1], the experts activated so
     far in all runs.
 
-    experts: the call vector of the experts, whose tables are filled. addresses int64 [experts]: of the records. ids,
-    weights: where int32 and float32 [rows, top_k] go. by_entry: the experts read a row for each of these, not for each
-    token.
+    experts: the call vector of the experts, whose tables are filled. addresses int64: of the records of the first of
+    n_experts; the others have none and stand in no table. ids, weights: where int32 and float32 [rows, top_k] go.
+    by_entry: the experts read a row for each of these, not for each token.
     """
-    n_experts = len(addresses)
     call = program.zeros(ROUTER_CALL, np.int64)
     active = program.zeros(1, np.int64)
     call[[STATE, LOGITS, N_EXPERTS, TOP_K]] = program.state.ctypes.data, logits, n_experts, selection.top_k
@@ -245,6 +246,7 @@ def add_selection(
     call[[SCORES, CHOICE]] = program.floats("scores", n_experts), program.floats("choice", n_experts)
     call[ROOM] = program.floats("groups", n_experts + selection.n_groups)
     call[[IDS, WEIGHTS, EXPERTS_CALL]] = ids, weights, experts.ctypes.data
+    call[N_REAL] = len(addresses)
     call[[ADDRESSES, COUNTS]] = program.keep(addresses), program.floats("counts", n_experts)
     call[[ACTIVE, BY_ENTRY]] = active.ctypes.data, by_entry
     program.count(call, NEXT)

@@ -75,7 +75,10 @@ class Comparison:
             for core in branch.cores:
                 self._give_choice(compiled, site, core)
             compiled.run()
-            error = self._relative(compiled.stream[: len(before)] - base, after - base, unknown)
+            found = compiled.stream[: len(before)] - base
+            if site.taken is not None:  # late results of a branch before, which is compared by itself
+                found += _rows(site.taken).reshape(found.shape)
+            error = self._relative(found, after - base, unknown)
             for part, original in zip(parts, originals, strict=True):
                 error = max(error, self._relative(_by_token(part), _by_token(original)))
         return max([error, *(self._states_error(layer, held) for layer, held in states.items())])

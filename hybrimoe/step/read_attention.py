@@ -344,9 +344,11 @@ def _latent(
     n_norms = 1 + len(behind) + (rotated_norm is not None)
     if len(found.norms) != n_norms:
         raise NotCompiled(f"{call.path}: it has {len(found.norms)} norms, expected {n_norms}")
-    for form, rope in product(_head_gates(gate, sizes.n_heads), _ropes(table, sizes.rotated)):
+    factors = [1.0, *(value for value in vars(module).values() if isinstance(value, float) and value > 0)]
+    for factor, form, rope in product(factors, _head_gates(gate, sizes.n_heads), _ropes(table, sizes.rotated)):
+        scale = factor * float(module.scaling)  # some multiply queries with a number of the module's own
         yield LatentAttention(
-            first, low, norm, matrix, output, sizes, rope, float(module.scaling), cache, query_norm, query_up, up_rows,
+            first, low, norm, matrix, output, sizes, rope, scale, cache, query_norm, query_up, up_rows,
             _tuning_by_position(call), gate=form, rotated_norm=rotated_norm,
         )  # fmt: skip
 

@@ -23,7 +23,8 @@ def read_experts(call: Call, experts: Call, inside: list[Call], session: Any) ->
     if not same(block.input, call.input):
         raise NotCompiled(f"{block.path}: it reads something else than {call.path}")
     around = _around(experts, inside)
-    routing = read_router(block, experts, layer.num_experts, call.input.shape[-1], direct=not around.before)
+    n_experts = layer.num_experts + experts.module.num_identity
+    routing = read_router(block, experts, n_experts, call.input.shape[-1], direct=not around.before)
     known = (routing.path, experts.path)
     rest = [
         inner for inner in inside
@@ -50,7 +51,8 @@ def read_experts_alone(
     """Experts that are a part of the layer, as their router is. inside: calls of the router's parts; norm: of the
     experts' input, beside the router's. Raises NotCompiled for a form that is not known."""
     layer = _layer_of(experts, session)
-    routing = read_router_alone(router, inside, layer.num_experts, experts.input.shape[-1])
+    n_experts = layer.num_experts + experts.module.num_identity
+    routing = read_router_alone(router, inside, n_experts, experts.input.shape[-1])
     return replace(_moe(routing, layer, experts, session, _Around()), expert_norm=norm)
 
 
@@ -64,8 +66,6 @@ def _layer_of(experts: Call, session: Any) -> Any:
         raise NotCompiled(f"{experts.path}: the experts' activation has no closed form")
     if layer.transform() is not None:
         raise NotCompiled(f"{experts.path}: a norm stands behind each expert")
-    if module.num_identity:
-        raise NotCompiled(f"{experts.path}: some experts are the identity")
     if not session.store.in_memory:
         raise NotCompiled(f"{experts.path}: experts are read from disk when they are needed")
     return layer
@@ -118,6 +118,9 @@ def _is_identity(call: Call) -> bool:
 
 def _moe(routing: Routing, layer: Any, experts: Call, session: Any, around: _Around) -> Moe:
     module: Any = experts.module
+    plain = not routing.scaled_inputs and routing.norm is None and not around.before
+    if module.num_identity and not plain:
+        raise NotCompiled(f"{experts.path}: experts that are the identity of something else than the block's input")
     products = [None if call is None else read_linear(call.module, call.path) for call in (around.enter, around.leave)]
     return Moe(
         routing.product, routing.selection, layer.spec, session.store.addresses(module.layer).astype("int64"),

@@ -63,7 +63,8 @@ class Site:
     """One branch of a recorded layer: its cores (several: their results are summed), a norm before all of them and one
     behind their sum, and the stream before and after it.
 
-    scale, keep, renews: as in `cpu_kernels.step.parts.Branch`.
+    scale, keep, renews: as in `cpu_kernels.step.parts.Branch`. late: cores whose results are in no sum here. taken: the
+    sum of late results before, where it is added here.
     """
 
     cores: tuple[SiteCore, ...]
@@ -74,6 +75,8 @@ class Site:
     scale: float
     keep: float = 1.0
     renews: bool = False
+    late: tuple[SiteCore, ...] = ()
+    taken: torch.Tensor | None = None
 
     @property
     def path(self) -> str:
@@ -84,10 +87,11 @@ class Site:
         """The branch with a core in each place."""
         several = len(self.cores) > 1
         arms = _arms([
-            Arm(core, None if self.pre else norm_of(found.own_pre), norm_of(found.post) if several else None)
+            Arm(core, None if self.pre else norm_of(found.own_pre), norm_of(found.post) if several else None,
+                found in self.late)
             for core, found in zip(cores, self.cores, strict=True)
         ])  # fmt: skip
-        alone = len(arms) == 1 and arms[0].pre is None and arms[0].post is None
+        alone = len(arms) == 1 and arms[0].pre is None and arms[0].post is None and not arms[0].late
         core = arms[0].core if alone else Sum(arms)
         return Branch(core, self.pre, self.post, self.scale, self.keep, self.renews)
 
@@ -99,7 +103,7 @@ def norm_of(pair: tuple[Call, Norm] | None) -> Norm | None:
 
 def _arms(arms: list[Arm]) -> tuple[Arm, ...]:
     """MLPs beside routed experts are shared experts of these: they are computed at the same time."""
-    plain = [arm for arm in arms if arm.pre is None and arm.post is None]
+    plain = [arm for arm in arms if arm.pre is None and arm.post is None and not arm.late]
     experts = next((arm.core for arm in plain if isinstance(arm.core, Moe)), None)
     if experts is None:
         return tuple(arms)
@@ -128,7 +132,33 @@ def sites_of(trace: Trace, call: Call) -> list[Site]:
         names = ", ".join(child.path for child, _ in left.values()) or "no part at all"
         raise NotCompiled(f"{call.path}: it is not clear what {names} is for")
     afters = [group[0].before for group in groups[1:]] + [call.result]
-    return [_site(call, *item) for item in zip(groups, joined, afters, strict=True)]
+    sites, late = [], list[SiteCore]()
+    for group, post, after in zip(groups, joined, afters, strict=True):
+        site = _placed(call, group, post, after, late)
+        late = [*(late if site.taken is None else []), *site.late]
+        sites.append(site)
+    if late:
+        raise NotCompiled(f"{late[0].call.path}: its result is added nowhere")
+    return sites
+
+
+def _placed(
+    layer: Call, group: list[SiteCore], post: tuple[Call, Norm] | None, after: torch.Tensor, late: list[SiteCore]
+) -> Site:  # fmt: skip
+    """The branch of a group: the sum of all, with the late results before it, or without one that is late itself."""
+    ways: list[tuple[list[SiteCore], list[SiteCore]]] = [(group, [])]
+    if late:
+        ways.append((group, late))
+    if len(group) > 1:
+        ways += [([other for other in group if other is not core], []) for core in group]
+    problem: NotCompiled | None = None
+    for summed, taken in ways:
+        try:
+            return _site(layer, group, summed, taken, post, after)
+        except NotCompiled as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
 
 
 def _routers(trace: Trace, call: Call) -> dict[int, Call]:
@@ -197,25 +227,34 @@ def whole_site(core: Call) -> Site:
     return SiteCore(core).alone()
 
 
-def _site(layer: Call, group: list[SiteCore], post: tuple[Call, Norm] | None, after: torch.Tensor) -> Site:
-    """Finds after = keep * stream + scale * result, where the stream is what it was or (it is renewed) its norm."""
+def _site(
+    layer: Call, group: list[SiteCore], summed: list[SiteCore], taken: list[SiteCore], post: tuple[Call, Norm] | None,
+    after: torch.Tensor,
+) -> Site:  # fmt: skip
+    """Finds after = keep * stream + scale * result + taken, where the stream is what it was or (it is renewed) its
+    norm, and the result that of the `summed` ones of a group."""
     path, pre, before = group[0].call.path, group[0].own_pre, group[0].before
     if any(core.own_pre is not pre for core in group):
         pre = None
-    result = post[0].result if post is not None else group[0].result if len(group) == 1 else _total(group)
+    result = post[0].result if post is not None else summed[0].result if len(summed) == 1 else _total(summed)
+    others = _total(taken) if taken else None
+    if others is not None and others.numel() != after.numel():
+        raise NotCompiled(f"{path}: what is added beside it has another size")
     if not result.numel() == after.numel() == before.numel():
         raise NotCompiled(f"{path}: its result has another size than the stream")
     values = [*vars(layer.module).values(), *_single_values(layer.module)]
     known = [1.0, *(value for value in values if isinstance(value, float) and value > 0)]
     streams = [before] if pre is None else [before, pre[0].result]
-    fits = [_fit(stream, result, after) for stream in streams]
+    target = after if others is None else after.double() - others.reshape(after.shape)
+    fits = [_fit(stream, result, target) for stream in streams]
     number = min(range(len(fits)), key=lambda number: fits[number][3])
     (keep, scale, left, _), renews = fits[number], number == 1
     factors = nearest(known, keep), nearest(known, scale)
     off = max(abs(one - found) / one for one, found in zip(factors, (keep, scale), strict=True))
     if left > FIT_TOLERANCE * (10 if keep == 1.0 else 1) or off > FIT_TOLERANCE:
         raise NotCompiled(f"{path}: its result is not simply added to the stream (off by {max(left, off):.2g})")
-    return Site(tuple(group), norm_of(pre), norm_of(post), before, after, factors[1], factors[0], renews)
+    late = tuple(core for core in group if core not in summed)
+    return Site(tuple(group), norm_of(pre), norm_of(post), before, after, factors[1], factors[0], renews, late, others)
 
 
 def _single_values(module: torch.nn.Module) -> list[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import Any
 
@@ -185,7 +185,7 @@ class _Reader:
         for branch in forms:
             found = self.comparison.error(site, branch, number)
             if found <= 1:
-                return branch
+                return replace(branch, takes=site.taken is not None)
             error = min(error, found)
         raise NotCompiled(f"{site.path}: its compiled form differs from the original ({error:.3g} x allowed)")
 

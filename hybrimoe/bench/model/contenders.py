@@ -168,6 +168,8 @@ class LlamaCpp:
                 type_k=LLAMA_KV[kv], type_v=LLAMA_KV[kv], flash_attn=flash, verbose=False,
             )  # fmt: skip
         self._held: list[int] = []
+        kinds = ("_is_recurrent", "_is_hybrid")
+        self._keeps_states = any(getattr(self.llama, kind, False) for kind in kinds)
 
     def prefill(self, prompt_ids: Sequence[int]) -> float:
         """Tokens per second of computing a prompt from nothing."""
@@ -178,9 +180,10 @@ class LlamaCpp:
         return len(prompt_ids) / (time.perf_counter() - started)
 
     def decode(self, prompt_ids: Sequence[int], n_tokens: int) -> float:
-        """Tokens per second of `n_tokens` decode steps after a prompt, which is computed in the first round."""
+        """Tokens per second of `n_tokens` decode steps after a prompt, which is computed in the first round, and again
+        in each where the model keeps states, of which no earlier ones are left."""
         prompt = self._known(prompt_ids)
-        if self._held != prompt:
+        if self._held != prompt or self._keeps_states:
             self.llama.reset()
             self.llama.eval(prompt[:-1])
             self._held = prompt

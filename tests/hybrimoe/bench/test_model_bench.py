@@ -213,6 +213,35 @@ def test_keys_and_values_of_several_dtypes_side_by_side():
     ]  # fmt: skip
 
 
+class FakeLlama:
+    """As far as rounds go: what it was told to compute, and how often to begin anew."""
+
+    ctx, n_tokens = None, 0
+
+    def __init__(self, hybrid):
+        self._is_hybrid, self.done = hybrid, []
+
+    def n_vocab(self):
+        return 50
+
+    def reset(self):
+        self.done.append("reset")
+
+    def eval(self, tokens):
+        self.done.append(len(tokens))
+
+
+@pytest.mark.parametrize(("hybrid", "n_prompts"), [(False, 1), (True, 3)])
+def test_llama_cpp_computes_a_prompt_again_where_no_earlier_state_is_left(monkeypatch, hybrid, n_prompts):
+    monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=lambda **_: FakeLlama(hybrid)))
+    monkeypatch.setattr(contenders, "gguf_step_bytes", lambda path: None)
+    monkeypatch.setattr(contenders.LlamaCpp, "greedy", lambda _: 3)
+    peer = contenders.LlamaCpp("a", 1, 8)
+    for _ in range(3):
+        peer.decode([1, 2, 3, 4], 2)
+    assert [peer.llama.done.count(what) for what in ("reset", 3, 1)] == [n_prompts, n_prompts, 9]
+
+
 def test_llama_cpp_stores_keys_and_values_as_asked_for(monkeypatch, tmp_path):
     opened = []
     monkeypatch.setitem(sys.modules, "llama_cpp", SimpleNamespace(Llama=lambda **options: opened.append(options)))

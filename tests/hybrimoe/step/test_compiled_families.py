@@ -27,7 +27,7 @@ COMPILED = (
     "deepseek_v3", "llama4", "minimax_m2", "glm4_moe_lite", "afmoe", "hy_v3", "granitemoeshared", "granitemoe_swa",
     "cohere2_moe", "laguna", "step3p7", "mimo_v2_flash", "axk1", "ernie4_5_vl_moe", "minimax_m3_vl", "mistral4",
     "qwen3_next", "qwen3_5_moe", "kimi_linear", "minimax", "lfm2_moe", "granitemoehybrid", "deepseek_v32",
-    "glm_moe_dsa", "nemotron_h", "dots3_note", "bailing_hybrid",
+    "glm_moe_dsa", "nemotron_h", "dots3_note", "bailing_hybrid", "longcat_flash",
 )  # fmt: skip
 MIXED: dict[str, dict[str, str]] = {
     "jamba": {"0": "feed_forward compiled; the rest by transformers", "1": "compiled"},
@@ -115,6 +115,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mimo_v2_flash": {"attention_value_scale": 0.7, "v_head_dim": 8},
     "gemma4": {"hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "final_logit_softcapping": 0.3},
     "axk1": {},
+    "longcat_flash": {"zero_expert_num": 6, "v_head_dim": 16, "kv_lora_rank": 24},
     "mistral4": {"rope_parameters": YARN | {"llama_4_scaling_beta": 0.9, "original_max_position_embeddings": 4}},
 }  # fmt: skip
 """Settings that change the arithmetic, small enough that the tiny models meet them."""

@@ -84,8 +84,15 @@ HOOKED = {
         "mlp", "router.proj", "router.norm", "experts", "pre_feedforward_layernorm_2", "post_feedforward_layernorm_1",
         "post_feedforward_layernorm_2", "post_feedforward_layernorm", "self_attn.v_norm",
     ),
+    "longcat_flash": (
+        "mlp.experts", "mlps.0", "mlps.1", "self_attn.0.q_b_proj", "self_attn.1.kv_b_proj",
+        "self_attn.0.kv_a_layernorm",
+    ),
+    "bailing_hybrid": ("self_attn.g_proj", "self_attn.kv_b_proj"),
 }  # fmt: skip
 
+LATER = ("bailing_hybrid",)
+"""Families whose second layer is the one with such parts."""
 LARGER = 10
 OPTIONS: dict[str, dict[str, Any]] = {
     "cohere2_moe": {"num_shared_experts": 1},
@@ -97,15 +104,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 def test_a_hook_that_changes_a_part(family: str, part: str) -> None:
     """In a call of its own kind, whatever it does to the values: a step leaves it to the model."""
     model: Any = tiny_model(family, **OPTIONS.get(family, {}))
-    layer = model.model.layers[0]
-    hooked = layer.get_submodule(part)
+    number = int(family in LATER)
+    hooked = model.model.layers[number].get_submodule(part)
     with torch.no_grad():
         for weight in hooked.parameters():
             weight.mul_(LARGER)  # such that what the hook changes is no rounding beside the rest
     hooked.register_forward_hook(lambda _, __, output: _changed(output))
     ways = ways_of(model)
-    assert ways["1"] == "compiled"
-    assert ways["0"] != "compiled", ways
+    assert ways[str(1 - number)] == "compiled"
+    assert ways[str(number)] != "compiled", ways
 
 
 def gemma(change: str) -> Callable[..., Any]:
@@ -145,6 +152,49 @@ def test_experts_beside_an_mlp_in_another_way(change: str | None) -> None:
     ways = ways_of(model)
     assert ways["1"] == "compiled"
     assert (ways["0"] == "compiled") is (change is None), ways
+
+
+def longcat(change: str) -> Callable[..., Any]:
+    """A layer of LongCat-Flash whose experts' result goes another way."""
+
+    def forward(self: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        stream = hidden_states
+        stream = stream + self.self_attn[0](hidden_states=self.input_layernorm[0](stream), **kwargs)[0]
+        given = self.post_attention_layernorm[0](stream)
+        late = self.mlp(given)
+        stream = stream + self.mlps[0](given)
+        if change == "in the first sum as well":
+            stream = stream + late
+        stream = stream + self.self_attn[1](hidden_states=self.input_layernorm[1](stream), **kwargs)[0]
+        result = self.mlps[1](self.post_attention_layernorm[1](stream))
+        if change == "nowhere":
+            return stream + result
+        if change == "twice":
+            return stream + result + 2 * late
+        if change == "multiplied":
+            return stream + result + late * given
+        return stream + result + late
+
+    return forward
+
+
+@pytest.mark.parametrize("change", ["in the first sum as well", "nowhere", "twice", "multiplied", None])
+def test_a_late_result_that_goes_another_way(change: str | None) -> None:
+    model: Any = tiny_model("longcat_flash")
+    layer = model.model.layers[0]
+    layer.forward = types.MethodType(longcat(change or ""), layer)
+    ways = ways_of(model)
+    assert ways["1"] == "compiled"
+    assert (ways["0"] == "compiled") is (change is None), ways
+
+
+@pytest.mark.parametrize("chosen", ["only the identity", "never the identity"])
+def test_experts_that_are_the_identity(chosen: str) -> None:
+    model: Any = tiny_model("longcat_flash", zero_expert_num=6)
+    for layer in model.model.layers:
+        bias = layer.mlp.router.e_score_correction_bias
+        bias[-6:] = 10.0 if chosen == "only the identity" else -10.0
+    assert set(ways_of(model).values()) == {"compiled"}
 
 
 @pytest.mark.parametrize("latent", [None, 16, 40])
