@@ -10,7 +10,7 @@ from cpu_kernels.errors import ActivationValueError, LayoutError
 from cpu_kernels.simd.attention import CHUNK
 from cpu_kernels.step import attend, index
 from cpu_kernels.step.emit import CacheCalls, Emitter
-from cpu_kernels.step.parts import Layer, Model
+from cpu_kernels.step.parts import Layer, Model, StateLayer
 from cpu_kernels.step.program import (
     MASK,
     MASK_ROW,
@@ -256,6 +256,35 @@ class CompiledStep(CompiledLayers):
     def logits(self) -> np.ndarray:
         """float32 [MAX_LOGITS, vocabulary] of the last run's rows that have some."""
         return self._array["logits"]
+
+
+class CompiledStates:
+    """What a layer with states computes between its projections and the last one, of up to MAX_ROWS rows a call."""
+
+    def __init__(self, core: StateLayer, n_threads: int, isa_name: str, workspace: Workspace) -> None:
+        self.program = Program(n_threads, workspace.buffers)
+        self._emitter = Emitter(self.program, core.output.n_out, isa_name, ())
+        outs = self._emitter.projections(core)
+        result = self._emitter.recall(core, outs)
+        self.program.seal()
+        self.inputs = [_floats(out, product.n_out) for out, product in zip(outs, core.projections, strict=True)]
+        """float32 [MAX_ROWS, columns] of each projection: set before a run."""
+        self.result = _floats(result, core.output.n_in)
+        """float32 [MAX_ROWS, columns]: read after it."""
+
+    def bind(self, sequence: int, place: StatePlace) -> None:
+        """Lets the next runs read and write the states of a sequence at `place`."""
+        self._emitter.states[0].places[sequence] = (*place.inputs, *place.matrices)
+
+    def run(self, n_sequences: int, n_new: int) -> None:
+        """The next n_new tokens of each sequence, sequence by sequence. Raises LayoutError for too many rows."""
+        n_rows = n_sequences * n_new
+        if not 0 < n_rows <= MAX_ROWS:
+            raise LayoutError(f"compiled states take 1 to {MAX_ROWS} rows, found {n_sequences} x {n_new}")
+        rows = self.program.rows
+        rows[:n_rows, SEQUENCE] = np.repeat(np.arange(n_sequences), n_new)
+        self._emitter.set_rows(n_rows, 1)
+        perform(self.program)
 
 
 def _floats(address: int, width: int, n_rows: int = MAX_ROWS) -> np.ndarray:

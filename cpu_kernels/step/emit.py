@@ -284,15 +284,23 @@ class Emitter(ExpertsEmitter):
         )  # fmt: skip
 
     def _state_layer(self, core: StateLayer, sources: list[Target]) -> Summand:
-        """Projections, channels, matrices, norm and the output projection."""
-        program = self.program
-        products = [*core.inputs, *(product for _, product in core.behind)]
-        outs = [program.floats(f"projection {i}", product.n_out) for i, product in enumerate(products)]
+        """Projections, what lies between them, and the output projection."""
+        outs = self.projections(core)
         for i, product in enumerate(core.inputs):
             self._product(Part.PROJECTIONS, product, sources[i], outs[i], meets=i == len(core.inputs) - 1)
         for (number, product), out in zip(core.behind, outs[len(core.inputs) :], strict=True):
             source = self._prepared(f"behind {number}", outs[number], product.n_in, product)
             self._product(Part.PROJECTIONS, product, source, out)
+        return self._attention_result(self.recall(core, outs), core.output)
+
+    def projections(self, core: StateLayer) -> list[int]:
+        """Where the results of all projections of a layer with states go, but that of the last."""
+        return [self.program.floats(f"projection {i}", product.n_out) for i, product in enumerate(core.projections)]
+
+    def recall(self, core: StateLayer, outs: list[int]) -> int:
+        """Adds channels, matrices and norm of a layer with states, from projections at `outs`; returns where the rows
+        lie that the output projection reads."""
+        program, products = self.program, core.projections
 
         def of(columns: HeadColumns) -> recurrence.Places:
             at = outs[columns.product]
@@ -316,7 +324,7 @@ class Emitter(ExpertsEmitter):
             recurrence.add_recurrence(program, own.rule, own.heads, inputs, own.fading, result, places.ctypes.data)
         if core.norm is not None:
             add_gated_norm(program, core.norm, result, None if core.gate is None else of(core.gate))
-        return self._attention_result(result, core.output)
+        return result
 
 
 def _units(segment: Segment, of: Callable[[HeadColumns], recurrence.Places]) -> list[Unit]:

@@ -180,6 +180,11 @@ class StateLayer:
     norm: GatedNorm | None = None
     gate: HeadColumns | None = None
 
+    @property
+    def projections(self) -> list[Product]:
+        """All but the last, by their numbers."""
+        return [*self.inputs, *(product for _, product in self.behind)]
+
 
 @dataclass(frozen=True, slots=True)
 class Mlp:

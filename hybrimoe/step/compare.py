@@ -16,17 +16,18 @@ import numpy as np
 import torch
 
 from cpu_kernels.host.isa import detect
-from cpu_kernels.step.compiled import CompiledLayers
+from cpu_kernels.step.compiled import CompiledLayers, CompiledStates, Workspace
 from cpu_kernels.step.parts import Attention, Branch, Core, LatentAttention, Layer
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.generation.growing import Buffers
 from hybrimoe.step.caches import place_of
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.prompts import PromptReading, computed
 from hybrimoe.step.read_attention import RopeTables, angles_at, at_positions, far_positions, reads_positions
 from hybrimoe.step.read_index import choice_of, narrowed
 from hybrimoe.step.read_layer import Site, rounding, whole_site
 from hybrimoe.step.states import States, place_of_states, states_of
-from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Trace
+from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace
 
 EXACT, ROUNDED = 1e-4, 6e-2
 """Relative error of what a branch adds to the stream: of float32 weights; where weights, activations or the cache are
@@ -82,6 +83,15 @@ class Comparison:
             for part, original in zip(parts, originals, strict=True):
                 error = max(error, self._relative(_by_token(part), _by_token(original)))
         return max([error, *(self._states_error(layer, held) for layer, held in states.items())])
+
+    def prompts_error(self, call: Call, reading: PromptReading) -> float:
+        """Difference of what a call gives as prompts do, and of its states, as a multiple of what is allowed."""
+        held = self.trace.states[reading.core.cache].copy()
+        states = CompiledStates(reading.core, self.n_threads, detect().isa.name, Workspace())
+        with torch.no_grad():
+            found = computed(reading, states, call.input, held)
+        error = self._relative(_rows(found), _rows(call.result))
+        return max(error, self._states_error(reading.core.cache, held))
 
     def _bind_states(self, compiled: CompiledLayers) -> dict[int, States]:
         """Copies of the recorded states before the step, which it changes, by layer of the cache."""

@@ -19,7 +19,8 @@ from cpu_kernels.step.compiled import CompiledLayers, Workspace
 from hybrimoe.step.caches import BoundLayers
 from hybrimoe.step.calls import StepCall
 from hybrimoe.step.forward import InPlaceOfForward
-from hybrimoe.step.read_model import PieceReading, Reading, Seat
+from hybrimoe.step.read_model import PieceReading, Reading
+from hybrimoe.step.seats import Seat
 from hybrimoe.step.served import ServedStep
 
 
@@ -35,6 +36,7 @@ class MixedStep(ServedStep):
 
     def __init__(self, model: nn.Module, session: Any, reading: Reading, n_threads: int) -> None:
         super().__init__(model, session, reading)
+        self.answer_prompts(n_threads)
         self._now = _Served()
         self._installed: list[InPlaceOfForward] = []
         self._workspace = Workspace()
@@ -103,3 +105,4 @@ class MixedStep(ServedStep):
         for installed in self._installed:
             installed.undo()
         self._installed = []
+        super().undo()

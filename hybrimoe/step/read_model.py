@@ -11,60 +11,24 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
-from cpu_kernels.step.parts import Branch, Head, LatentAttention, Layer, Model, Moe
+from cpu_kernels.step.parts import Branch, Head, LatentAttention, Layer, Model, Moe, StateLayer
 from cpu_kernels.step.stream import Embedding
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.step.caches import NoRows, no_rows_of
 from hybrimoe.step.compare import Comparison, is_exact
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.prompts import PromptReading
 from hybrimoe.step.read_attention import RopeTables
 from hybrimoe.step.read_layer import Site, branches_of, sites_of, whole_site
 from hybrimoe.step.read_parts import read_linear, read_norm
+from hybrimoe.step.read_states import read_prompts
+from hybrimoe.step.seats import Seat
 from hybrimoe.step.states import States
 from hybrimoe.step.trace import PROMPT_TOKENS, Call, Trace, same
 
 CAP_TOLERANCE = 1e-2
 """Relative, of logits that are kept below a cap: of bfloat16."""
-
-
-@dataclass(frozen=True, slots=True)
-class Seat:
-    """A module that a piece stands for: which argument it reads, and the form of what it returns.
-
-    argument: position or name. n_outputs: of a tuple whose others are None; 0: a tensor. flat: rows without a batch.
-    """
-
-    path: str
-    module: nn.Module
-    argument: int | str
-    n_outputs: int
-    flat: bool
-
-    @classmethod
-    def of(cls, call: Call) -> Seat:
-        """The seat of a recorded call. Raises NotCompiled where it returns more than its result."""
-        found = call.input
-        named: list[tuple[int | str, Any]] = [*enumerate(call.args), *call.kwargs.items()]
-        argument = next(name for name, value in named if value is found)
-        many = isinstance(call.output, tuple)
-        others = [value for value in call.output if value is not call.result] if many else []
-        if any(value is not None for value in others) or not isinstance(call.output, tuple | torch.Tensor):
-            raise NotCompiled(f"{call.path}: it returns more than its result")
-        flat = call.result.shape == found.reshape(-1, found.shape[-1]).shape
-        if not flat and call.result.shape != found.shape:
-            raise NotCompiled(f"{call.path}: its result has another shape than its input")
-        return cls(call.path, call.module, argument, len(call.output) if many else 0, flat)
-
-    def input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-        """The hidden states of a call."""
-        tensor: torch.Tensor = args[self.argument] if isinstance(self.argument, int) else kwargs[self.argument]
-        return tensor
-
-    def output(self, hidden: torch.Tensor, result: torch.Tensor) -> Any:
-        """What the module returns for a result."""
-        shaped = result.reshape(-1, hidden.shape[-1]) if self.flat else result.reshape(hidden.shape)
-        return (shaped, *[None] * (self.n_outputs - 1)) if self.n_outputs else shaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +70,8 @@ class Reading:
     session_layers: dict[int, int] = field(default_factory=dict)
     no_rows: dict[int, NoRows] = field(default_factory=dict)
     states: dict[int, States] = field(default_factory=dict)
+    prompts: list[PromptReading] = field(default_factory=list)
+    """Of the layers with states whose prompts are computed in part by compiled calls."""
 
     @property
     def reason(self) -> str | None:
@@ -150,6 +116,7 @@ def read_model(trace: Trace, session: Any, n_threads: int) -> Reading:
             reading.reasons["around the layers"] = str(error)
     if reading.model is None:
         reader.find_pieces(reading, paths)
+    reading.prompts = list(reader.prompts.values())
     return reading
 
 
@@ -167,6 +134,7 @@ class _Reader:
     n_threads: int
     ropes: RopeTables = field(init=False)
     comparison: Comparison = field(init=False)
+    prompts: dict[str, PromptReading] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.ropes = RopeTables(self.trace)
@@ -185,9 +153,20 @@ class _Reader:
         for branch in forms:
             found = self.comparison.error(site, branch, number)
             if found <= 1:
+                if len(site.cores) == 1 and isinstance(branch.core, StateLayer):
+                    self._add_prompts(site.cores[0].call, branch.core)
                 return replace(branch, takes=site.taken is not None)
             error = min(error, found)
         raise NotCompiled(f"{site.path}: its compiled form differs from the original ({error:.3g} x allowed)")
+
+    def _add_prompts(self, call: Call, core: StateLayer) -> None:
+        """Keeps how prompts of a layer with states are computed, where that agrees."""
+        try:
+            found = read_prompts(self.trace, call, core)
+        except NotCompiled:
+            return
+        if self.comparison.prompts_error(call, found) <= 1:
+            self.prompts[call.path] = found
 
     def find_pieces(self, reading: Reading, paths: list[str]) -> None:
         """Runs of layers that were understood, and blocks of the others."""

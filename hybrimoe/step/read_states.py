@@ -30,6 +30,7 @@ from cpu_kernels.step.recurrence import (
     Heads,
 )
 from hybrimoe.step.errors import NotCompiled
+from hybrimoe.step.prompts import PromptReading
 from hybrimoe.step.read_parts import LINEARS, NORM_TOLERANCE, SAMPLES, array, read_linear, read_norm
 from hybrimoe.step.states import States
 from hybrimoe.step.trace import Call, Trace, same
@@ -91,6 +92,14 @@ def read_state_layer(trace: Trace, call: Call, cache: int) -> Iterator[StateLaye
         yield _scan(found)
     else:
         yield from _delta(found)
+
+
+def read_prompts(trace: Trace, call: Call, core: StateLayer) -> PromptReading:
+    """How prompts of a layer that was read as `core` are computed. Raises NotCompiled where it returns more than its
+    result."""
+    found = _parts(trace, call, core.cache)
+    projections = tuple(inner.module for inner in found.projections)
+    return PromptReading.of(call, core, projections, found.output.module, trace.cache)
 
 
 def _parts(trace: Trace, call: Call, cache: int) -> _Found:

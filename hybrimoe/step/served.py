@@ -13,6 +13,7 @@ from hybrimoe.step.angles import Angles
 from hybrimoe.step.caches import BoundLayers, fits
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.model_step import ModelStep
+from hybrimoe.step.prompts import StatePrompts
 from hybrimoe.step.read_model import Reading
 from hybrimoe.step.states import States
 from scheduler import Phase
@@ -31,10 +32,22 @@ class ServedStep(ModelStep):
         assert reading.ropes is not None
         self.angles = [Angles(source, doubled) for source, doubled in reading.ropes.sources]
         self.programs = []
+        self._prompts: StatePrompts | None = None
         self.states: dict[int, States] = {}
         """Of the layers whose states the programs change, what these are like."""
         self._counted: dict[Phase, list[float]] = {phase: [0, 0, 0.0] for phase in PHASES}  # calls, tokens, us
         self._experts_seen: dict[int, int] = {}
+
+    def answer_prompts(self, n_threads: int) -> None:
+        """From now on layers with states compute prompts in part by compiled calls."""
+        self._prompts = StatePrompts(
+            self.reading.prompts, self.reading.states, self.reading.cache_type, n_threads, self.usable
+        )
+
+    def undo(self) -> None:
+        """As `ModelStep.undo`."""
+        if self._prompts is not None:
+            self._prompts.undo()
 
     @property
     def differs_in_batches(self) -> str | None:

@@ -81,12 +81,14 @@ def put_states(cache: Any, number: int, states: States) -> None:
         cache.linear_cache[number] = states.matrices
 
 
-def begin_states(cache: Any, number: int, like: States) -> None:
+def begin_states(cache: Any, number: int, like: States, n_sequences: int = 1) -> None:
     """Gives a layer without tokens the states that it has before the first one: zeros, otherwise like `like`."""
     layer: Any = cache.layers[number] if number < len(cache.layers) else None
     if type(layer) is not LinearAttentionLayer or layer.number_of_states != 1 or any(layer.has_previous_state.values()):
         return
-    inputs, matrices = (None if part is None else torch.zeros(part.shape, dtype=part.dtype) for part in like)
+    inputs, matrices = (
+        None if part is None else torch.zeros((n_sequences, *part.shape[1:]), dtype=part.dtype) for part in like
+    )
     layer.lazy_initialization(conv_states=inputs, recurrent_states=matrices)
     layer.has_previous_state[0] = True
 

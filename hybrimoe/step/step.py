@@ -33,6 +33,7 @@ class Step(ServedStep):
         self.programs = [self._bound]
         self._no_rows = {layer: reading.no_rows[layer] for layer in set(self._compiled.cache_layers)}
         self.states = {layer: reading.states[layer] for layer in self._compiled.state_layers}
+        self.answer_prompts(n_threads)
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output, computed here where that is possible."""

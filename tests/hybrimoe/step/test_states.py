@@ -16,6 +16,7 @@ from transformers.cache_utils import DynamicLayer
 
 import hybrimoe
 from cpu_kernels.errors import ActivationValueError
+from cpu_kernels.step.compiled import CompiledStates
 from hybrimoe.generation.growing import growing_cache
 from hybrimoe.step.read_states import read_gated_norm
 from hybrimoe.step.states import States, put_states, states_of
@@ -202,6 +203,80 @@ def test_fading_within_a_bound(bound: float, monkeypatch: pytest.MonkeyPatch) ->
     assert all(alike(found, expected) for expected, found in zip(*map(states, caches), strict=True))
     assert injection.step is not None
     assert injection.step.n_steps == 3
+
+
+# Prompts --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n_sequences", "n_new"), [(1, 65), (1, 130), (2, 64), (3, 45), (33, 3)])
+def test_long_prompts_have_the_models_logits_and_states(pair: tuple[Any, Any], n_sequences: int, n_new: int) -> None:
+    """Behind nothing, and behind an earlier part; more sequences than have two rows each are left to transformers."""
+    generator, caches = torch.Generator().manual_seed(9), []
+    parts = [torch.randint(3, 90, (n_sequences, n), generator=generator) for n in (n_new, 70)]
+    results = []
+    for model in pair:
+        with torch.no_grad():
+            first = model(input_ids=parts[0], use_cache=True)
+            cache = first.past_key_values
+            results.append([first.logits, step(model, cache, parts[1])])
+        caches.append(cache)
+    assert all(alike(found, expected) for expected, found in zip(*results, strict=True))
+    assert all(alike(found, expected) for expected, found in zip(*map(states, caches), strict=True))
+
+
+@pytest.fixture
+def prompts(pair: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by the tokens of each compiled part of a prompt."""
+    if not pair[1].hybrimoe.step.reading.prompts:
+        pytest.skip("the layer returns its states, too")
+    told: list[int] = []
+    own = CompiledStates.run
+
+    def run(self: CompiledStates, n_sequences: int, n_new: int) -> None:
+        told.append(n_new)
+        own(self, n_sequences, n_new)
+
+    monkeypatch.setattr(CompiledStates, "run", run)
+    return told
+
+
+@pytest.mark.parametrize(("n_sequences", "parts"), [(1, [43, 43, 44]), (2, [26, 26, 26, 26, 26])])
+def test_parts_of_a_prompt_are_of_even_size(
+    pair: tuple[Any, Any], prompts: list[int], n_sequences: int, parts: list[int]
+) -> None:
+    with torch.no_grad():
+        pair[1](input_ids=torch.full((n_sequences, 130), 5), use_cache=True)
+    assert prompts == parts
+
+
+@pytest.mark.parametrize("why", ["padding", "gradients", "no cache", "hooks", "recorded"])
+def test_prompts_that_are_left_to_transformers(
+    pair: tuple[Any, Any], prompts: list[int], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = torch.randint(3, 90, (2, 80), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    options: dict[str, Any] = {"use_cache": True, "attention_mask": mask}
+    model, mode = pair[1], torch.no_grad()
+    if why == "padding":
+        mask[0, :9] = 0
+    elif why == "gradients":
+        mode = torch.enable_grad()
+    elif why == "no cache":
+        options["use_cache"] = False
+    elif why == "hooks":
+        hook = model.get_output_embeddings().register_forward_hook(lambda *_: None)
+    else:
+        cache = DynamicCache(config=model.config)
+        cache.activate_past_recording()
+        options["past_key_values"] = cache
+    with mode:
+        found = model(input_ids=ids, **options)
+    if why == "hooks":
+        hook.remove()
+    assert prompts == []
+    if why != "recorded":
+        with torch.no_grad():
+            assert alike(found.logits, pair[0](input_ids=ids, attention_mask=mask).logits)
 
 
 # Norms with a gate ----------------------------------------------------------------------------------------------------
