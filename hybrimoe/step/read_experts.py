@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from cpu_kernels.backends.numba_backend import NumbaBackend
 from cpu_kernels.step.parts import Arm, Core, Mlp, Moe, Sum
 from cpu_kernels.step.stream import Norm
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_parts import FIT_TOLERANCE, LINEARS, nearest, read_linear, read_mlp, read_norm
+from hybrimoe.step.read_parts import LINEARS, read_linear, read_mlp, read_norm
 from hybrimoe.step.read_router import Routing, read_router, read_router_alone
 from hybrimoe.step.trace import Call, same
+
+NO_BETTER = 1.05
+"""By how much other factors must come nearer than ones do: in bfloat16 what is left is the rounding of the sum."""
 
 
 def read_experts(call: Call, experts: Call, inside: list[Call], session: Any) -> Core:
@@ -142,20 +146,19 @@ def _factors(
     call: Call, result: torch.Tensor, routed: Call, rest: list[Call], shared: tuple[Mlp, ...]
 ) -> tuple[float, float]:
     """What the results of the routed and of the shared experts are multiplied with in the block's `result`: numbers
-    that the modules hold, or halves. Where none agree, each is 1."""
+    that the modules hold, or halves; those that come nearest, and 1 where they are no better."""
     if routed.result.numel() != result.numel():
         return 1.0, 1.0
     parts = [routed.result.double().flatten()]
     if shared:
         parts.append(_shared_result(call, rest))
     target = result.double().flatten()
-    found = torch.linalg.lstsq(torch.stack(parts, 1), target[:, None]).solution[:, 0].tolist()
     numbers = [value for module in (call.module, routed.module) for value in vars(module).values()]
-    known = [1.0, 0.5, *(float(value) for value in numbers if isinstance(value, float) and value > 0)]
-    factors = [nearest(known, value) for value in found]
-    if any(abs(one - value) > FIT_TOLERANCE * one for one, value in zip(factors, found, strict=True)):
-        return 1.0, 1.0
-    return factors[0], factors[-1] if shared else 1.0
+    known = sorted({1.0, 0.5, *(float(value) for value in numbers if isinstance(value, float) and value > 0)})
+    pairs = [(1.0, 1.0), *product(known, known if shared else [1.0])]
+    off = [float((target - sum(f * part for f, part in zip(pair, parts, strict=False))).norm()) for pair in pairs]
+    best = min(range(len(pairs)), key=lambda number: off[number])
+    return pairs[0] if off[0] <= NO_BETTER * off[best] else pairs[best]
 
 
 def _shared_result(call: Call, rest: list[Call]) -> torch.Tensor:

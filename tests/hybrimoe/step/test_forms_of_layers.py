@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import hybrimoe
+from cpu_kernels.step.parts import Moe
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))
 from family_check import outputs
@@ -213,6 +214,34 @@ def test_projections_around_experts_with_a_hook(part: str) -> None:
     hooked.register_forward_hook(lambda _, __, output: _changed(output))
     ways = ways_of(model)
     assert ways["3"] == "compiled" != ways["1"], ways
+
+
+@pytest.mark.parametrize("family", ["cohere2_moe", "gemma4", "axk1", "mimo_v2_flash", "nemotron_h"])
+def test_weights_of_bfloat16_and_int8(family: str) -> None:
+    """Factors and sums are found where the recorded values are rounded."""
+    model: Any = tiny_model(family, **OPTIONS.get(family, {})).to(torch.bfloat16)
+    found = []
+    for step in ("transformers", "auto"):
+        config = {"cpu": {"step": step}}
+        injection = hybrimoe.inject(model, accelerator="none", expert_dtype="int8", config=config)
+        if step == "auto":
+            assert set(injection.explain().ways.values()) == {"compiled"}
+        found.append(outputs(model).decode[1])
+        injection.restore()
+    plain, compiled = found
+    assert float((compiled - plain).abs().max()) <= 0.05 * float(plain.abs().max())
+
+
+@pytest.mark.parametrize("strategy", ["sum", "average"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_factors_of_experts(strategy: str, dtype: torch.dtype) -> None:
+    """What shared experts add may be far below the rounding of the sum, as here."""
+    options = {"num_shared_experts": 1, "shared_expert_combination_strategy": strategy}
+    model: Any = tiny_model("cohere2_moe", **options).to(dtype)
+    step: Any = hybrimoe.inject(model, accelerator="none", expert_dtype="int8").step
+    for layer in step.reading.layers.values():
+        (moe,) = [core for branch in layer.branches for core in branch.cores if isinstance(core, Moe)]
+        assert moe.selection.scale == (1.0 if strategy == "sum" else 0.5)
 
 
 def _changed(output: Any) -> Any:
