@@ -188,7 +188,7 @@ def test_packed_and_rounded_weights(family: str, dtype: str) -> None:
 
 
 def test_minimax_with_a_first_layer_of_linear_attention() -> None:
-    """As its real models have: that layer counts no tokens, and several new ones are what transformers makes of them."""
+    """As real models have: it counts no tokens, and several new ones are what transformers makes of them."""
     plain, model = (tiny_model("minimax", layer_types=["linear_attention", "full_attention"]) for _ in range(2))
     injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
     assert set(injection.explain().ways.values()) == {"compiled"}, injection.explain().ways
