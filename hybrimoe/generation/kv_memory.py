@@ -12,6 +12,7 @@ from typing import Any
 from hybrimoe.amounts import Amount
 from hybrimoe.compat import takes_dynamic_cache
 from hybrimoe.errors import BudgetError
+from hybrimoe.kv_sizes import layer_configs, number_of, rows_per_token
 from hybrimoe.machine.memory import available_bytes, total_bytes
 
 __all__ = [
@@ -22,7 +23,6 @@ __all__ = [
     "keeps_every_token",
     "kv_budget_bytes",
     "measured_token_bytes",
-    "number_of",
     "reads_experts",
     "stored_bytes",
 ]
@@ -77,16 +77,19 @@ def estimated_token_bytes(model: Any) -> int:
     from hybrimoe.generation.stored import StoredLayer, new_cache
 
     config = model.config.get_text_config(decoder=True)
-    plain = sum(_rows_per_token(config)) * model.dtype.itemsize
+    configs, itemsize = layer_configs(config), model.dtype.itemsize
     if not takes_dynamic_cache(model):
-        return _with_room(number_of(config, "num_hidden_layers") * plain)
-    layers = [layer for layer in new_cache(model).layers if keeps_every_token(layer)]
-    index = number_of(config, "index_head_dim") * model.dtype.itemsize
+        return _with_room(sum(sum(rows_per_token(own)) for own in configs) * itemsize)
+    layers = new_cache(model).layers
+    if len(configs) != len(layers):
+        configs = [config] * len(layers)
+    index = number_of(config, "index_head_dim")
     return _with_room(
         sum(
-            stored_bytes(config, layer.name) if isinstance(layer, StoredLayer)
-            else plain + index * hasattr(layer, "indexer_keys")
-            for layer in layers
+            stored_bytes(own, layer.name) if isinstance(layer, StoredLayer)
+            else (sum(rows_per_token(own)) + index * hasattr(layer, "indexer_keys")) * itemsize
+            for layer, own in zip(layers, configs, strict=True)
+            if keeps_every_token(layer)
         )
     )  # fmt: skip
 
@@ -95,7 +98,7 @@ def stored_bytes(config: Any, kv_dtype: str) -> int:
     """Bytes that one layer keeps of a token where keys and values are stored as `kv_dtype`, from the configuration."""
     from cpu_kernels.step.stored import KIND_OF, row_bytes
 
-    return sum(row_bytes(KIND_OF[kv_dtype], size) for size in _rows_per_token(config))
+    return sum(row_bytes(KIND_OF[kv_dtype], size) for size in rows_per_token(config))
 
 
 def _with_room(token_bytes: int) -> int:
@@ -103,24 +106,6 @@ def _with_room(token_bytes: int) -> int:
     from hybrimoe.generation.growing import ROOM_SHARE
 
     return token_bytes + token_bytes // ROOM_SHARE
-
-
-def _rows_per_token(config: Any) -> list[int]:
-    """Numbers in each row that one layer keeps of a token: a head's key, or its value."""
-    heads = number_of(config, "num_attention_heads")
-    if number_of(config, "kv_lora_rank"):  # latent attention: the compressed keys and values, and the rotated part
-        return [number_of(config, "kv_lora_rank"), number_of(config, "qk_rope_head_dim")]
-    size = number_of(config, "head_dim") or (number_of(config, "hidden_size") // heads if heads else 0)
-    return [size] * (2 * (number_of(config, "num_key_value_heads") or heads))
-
-
-def number_of(config: Any, name: str) -> int:
-    """A number of the configuration; 0 where it has none, or (as some do by raising) none for all layers."""
-    try:
-        value = getattr(config, name, None)
-    except (RuntimeError, AttributeError):
-        return 0
-    return value if isinstance(value, int) else 0
 
 
 def measured_token_bytes(layers: Iterable[Any], n_tokens: int) -> int:

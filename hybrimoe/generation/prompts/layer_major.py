@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hybrimoe.generation.images.tokens import has_images
-from hybrimoe.generation.kv_memory import WORK_SHARE, device_memory, number_of, reads_experts
+from hybrimoe.generation.kv_memory import WORK_SHARE, device_memory, reads_experts
 from hybrimoe.generation.prefix.states import is_plain
+from hybrimoe.kv_sizes import number_of
 
 if TYPE_CHECKING:
     import torch

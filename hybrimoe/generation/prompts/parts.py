@@ -20,8 +20,9 @@ from typing import Any, Protocol
 
 from hybrimoe.generation.context import model_context_tokens
 from hybrimoe.generation.kv_cache import PrefixCache
-from hybrimoe.generation.kv_memory import MOST_TOKENS, chunk_tokens, keeps_every_token, number_of
+from hybrimoe.generation.kv_memory import MOST_TOKENS, chunk_tokens, keeps_every_token
 from hybrimoe.generation.vocabulary import vocabulary_size
+from hybrimoe.kv_sizes import number_of
 
 __all__ = [
     "PromptPart", "PromptTimes", "TimesFile", "attention_share", "chosen_part", "measured_part", "measured_times",

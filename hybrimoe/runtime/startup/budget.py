@@ -15,6 +15,7 @@ from gpu_kernels.graphs import records_graphs
 from gpu_kernels.torch_accelerator import STAGING_BUFFERS
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError
+from hybrimoe.kv_sizes import number_of, text_config_of, values_expanded, values_kept
 
 EMULATED_AUTO_SHARE = 0.25
 """Share of all experts that "auto" caches on the emulated accelerator: the paper's tightest setting."""
@@ -88,7 +89,8 @@ def _segments(n_bytes: int, size: int) -> int:
 @dataclass(frozen=True, slots=True)
 class PlannedMemory:
     """Bytes of one device by what they are for. dense: weights and buffers there; slots: of experts. Still free: kv for
-    keys and values, unpack for one expert that a prompt takes apart; workspaces, graphs and reserve as in `KeptFree`.
+    keys and values, unpack for one expert that a prompt takes apart; workspaces, graphs and reserve as in `KeptFree`,
+    the reserve with what latent attention makes of its short vectors in one layer.
     staging: of page-locked memory of the host, where records that could not be locked themselves are copied first."""
 
     dense: int = 0
@@ -142,14 +144,15 @@ def beside_slots(
     free = kept_free(device, graphs_of_model(model))
     unpack = max(map(unpack_bytes, specs), default=0)
     return PlannedMemory(
-        kv=kv_bytes, unpack=unpack, workspaces=free.workspaces, graphs=free.graphs, reserve=free.reserve
-    )
+        kv=kv_bytes, unpack=unpack, workspaces=free.workspaces, graphs=free.graphs,
+        reserve=free.reserve + expanded_bytes(model),
+    )  # fmt: skip
 
 
 def graphs_of_model(model: nn.Module | None) -> int:
     """`graph_bytes` by a model's configuration; 0 where there is none."""
-    config = _text_config(model)
-    sizes = [_size(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
+    config = text_config_of(model)
+    sizes = [number_of(config, name) for name in ("num_hidden_layers", "hidden_size", "vocab_size")]
     return graph_bytes(*sizes) if all(sizes) else 0
 
 
@@ -168,29 +171,18 @@ def reserve_bytes(
 
 def kv_cache_bytes(model: nn.Module | None) -> int:
     """Keys and values of KV_TOKENS tokens (or the model's whole context), from its configuration."""
-    config = _text_config(model)
-    n_layers, heads = _size(config, "num_hidden_layers"), _size(config, "num_attention_heads")
-    hidden = _size(config, "hidden_size")
-    if not (n_layers and heads and hidden):
-        return DEFAULT_KV_RESERVE_BYTES
-    head_dim = _size(config, "head_dim") or hidden // heads
-    kv_heads = _size(config, "num_key_value_heads") or heads
-    n_tokens = min(KV_TOKENS, _size(config, "max_position_embeddings") or KV_TOKENS)
-    return 2 * n_layers * kv_heads * head_dim * KV_VALUE_BYTES * n_tokens
+    config = text_config_of(model)
+    return KV_VALUE_BYTES * values_kept(config, _planned_tokens(config)) or DEFAULT_KV_RESERVE_BYTES
 
 
-def _text_config(model: nn.Module | None) -> object:
-    config = getattr(model, "config", None)
-    return getattr(config, "text_config", None) or config
+def expanded_bytes(model: nn.Module | None) -> int:
+    """What latent attention makes of as many tokens in one layer, beside other activations."""
+    config = text_config_of(model)
+    return KV_VALUE_BYTES * values_expanded(config, _planned_tokens(config))
 
 
-def _size(config: object, name: str) -> int:
-    """A number of the configuration; 0 where it has none, or (as some do by raising) none for all layers."""
-    try:
-        value = getattr(config, name, None)
-    except RuntimeError:
-        return 0
-    return value if isinstance(value, int) else 0
+def _planned_tokens(config: object) -> int:
+    return min(KV_TOKENS, number_of(config, "max_position_embeddings") or KV_TOKENS)
 
 
 def slots_asked_for(setting: int | float | str, n_experts: int, slot_bytes: int) -> int:
