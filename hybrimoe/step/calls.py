@@ -75,8 +75,8 @@ def read_call(
     kept = known.get("logits_to_keep") or 0
     if not 0 < n_sequences * n_new <= MAX_ROWS or not n_past or not isinstance(kept, int):
         return None
-    if known.get("position_ids") is None and cache.get_seq_length() != n_past:
-        return None
+    if cache.get_seq_length() != n_past and (known.get("position_ids") is None or n_new > 1):
+        return None  # a first layer without tokens tells the model otherwise: MiniMax's
     n_logits = min(kept or n_new, n_new)
     if (n_logits if n_sequences == 1 else n_sequences * n_new) > MAX_LOGITS:
         return None

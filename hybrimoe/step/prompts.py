@@ -122,8 +122,7 @@ def computed(reading: PromptReading, states: CompiledStates, hidden: torch.Tenso
         states.bind(sequence, place_of_states(held, held, sequence))
     floats = [one.float().numpy() for one in inputs]
     result = torch.empty(n_sequences, n_new, states.result.shape[1])
-    rows, n_calls = result.numpy(), -(-n_new * n_sequences // MAX_ROWS)
-    n_calls = max(n_calls, -(-n_new // (MAX_ROWS // n_sequences)))
+    rows, n_calls = result.numpy(), -(-n_new // (MAX_ROWS // n_sequences))
     for number in range(n_calls):
         first, stop = (n_new * at // n_calls for at in (number, number + 1))
         n_rows = n_sequences * (stop - first)

@@ -172,7 +172,7 @@ def record(model: nn.Module) -> Trace:
             handles.insert(0, output.register_forward_hook(_enlarged, prepend=True))
         try:
             trace.output = model(
-                input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True, **_positions(cache)
+                input_ids=tokens[:, PROMPT_TOKENS:], past_key_values=cache, use_cache=True, **_told(cache, model)
             )
         finally:
             for handle in handles:
@@ -182,11 +182,16 @@ def record(model: nn.Module) -> Trace:
     return trace
 
 
-def _positions(cache: DynamicCache) -> dict[str, torch.Tensor]:
-    """Where the new tokens stand, for models that would ask a layer without tokens for it, as MiniMax does."""
+def _told(cache: DynamicCache, model: nn.Module) -> dict[str, Any]:
+    """Where the new tokens stand and what they see, for models that would ask a layer without tokens for it: MiniMax's
+    first one has none, and its forward then takes several new tokens for the first of the text."""
     if cache.get_seq_length() == PROMPT_TOKENS:
         return {}
-    return {"position_ids": torch.arange(PROMPT_TOKENS, PROMPT_TOKENS + NEW_TOKENS)[None]}
+    positions = torch.arange(PROMPT_TOKENS + NEW_TOKENS)
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    hidden = (positions > positions[PROMPT_TOKENS:, None]).to(dtype) * torch.finfo(dtype).min
+    masks = {"full_attention": hidden[None, None], "linear_attention": None}
+    return {"position_ids": positions[None, PROMPT_TOKENS:], "attention_mask": masks}
 
 
 def _states(cache: DynamicCache, n_layers: int) -> dict[int, States]:

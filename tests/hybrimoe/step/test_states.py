@@ -187,6 +187,22 @@ def test_packed_and_rounded_weights(family: str, dtype: str) -> None:
     assert all(alike(one.float(), other.float(), 6e-2) for one, other in zip(*map(states, caches), strict=True))
 
 
+def test_minimax_with_a_first_layer_of_linear_attention() -> None:
+    """As real models have: it counts no tokens, and several new ones are what transformers makes of them."""
+    plain, model = (tiny_model("minimax", layer_types=["linear_attention", "full_attention"]) for _ in range(2))
+    injection = hybrimoe.inject(model, accelerator="none", expert_dtype="float32")
+    assert set(injection.explain().ways.values()) == {"compiled"}, injection.explain().ways
+    options = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0}
+    assert torch.equal(model.generate(prompt(2), **options), plain.generate(prompt(2), **options))
+    assert injection.step is not None
+    assert injection.step.n_steps == 5
+    tokens = torch.tensor([[5, 6, 7]])
+    positions = torch.arange(3)[None] + prompt(1).shape[1]
+    found, expected = (step(one, after_prompt(one), tokens, position_ids=positions) for one in (model, plain))
+    assert alike(found, expected)
+    assert injection.step.n_steps == 5
+
+
 @pytest.mark.parametrize("bound", [0.0, -3.0])
 def test_fading_within_a_bound(bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
     known, own = FAMILIES["bailing_hybrid"], {"kda_safe_gate": bound < 0, "kda_lower_bound": bound}
