@@ -12,7 +12,7 @@ import torch
 
 from cpu_kernels.errors import LayoutError
 from cpu_kernels.step.kv_rows import turned
-from cpu_kernels.step.stored_states import StoredStates
+from cpu_kernels.step.states.stored import StoredStates
 
 BLOCK_BYTES = 16 << 20
 """Of keys, or of values, at a time: of the floats that are made of them, and of the copy that torch's kernel makes for

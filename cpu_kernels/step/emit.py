@@ -7,13 +7,10 @@ import numpy as np
 
 from cpu_kernels.host.isa import BY_NAME
 from cpu_kernels.simd.formats import Format, format_of
-from cpu_kernels.step import attend, heads, index, latent, recurrence
+from cpu_kernels.step import attend, heads, index, latent
 from cpu_kernels.step.cached import PLACE_SIZE
 from cpu_kernels.step.capped import add_cap
-from cpu_kernels.step.channels import Unit, add_channels
 from cpu_kernels.step.emit_experts import ExpertsEmitter, first_half
-from cpu_kernels.step.gated_norm import add_gated_norm
-from cpu_kernels.step.held_states import STATES_SIZE
 from cpu_kernels.step.parts import (
     Attention,
     Branch,
@@ -34,6 +31,10 @@ from cpu_kernels.step.parts import (
 )
 from cpu_kernels.step.products import Product, Shared, add_product
 from cpu_kernels.step.program import FIRST_ROW, MAX_ROWS, N_ROWS, Part
+from cpu_kernels.step.states import recurrence
+from cpu_kernels.step.states.channels import Unit, add_channels
+from cpu_kernels.step.states.gated_norm import add_gated_norm
+from cpu_kernels.step.states.held import STATES_SIZE
 from cpu_kernels.step.stream import Norm, Summand, Target, add_stream
 
 
@@ -53,7 +54,7 @@ class StateCalls:
     """The table that says where the step's sequences keep the states of one layer."""
 
     layer: int
-    places: np.ndarray  # int64 [MAX_ROWS, held_states.STATES_SIZE]
+    places: np.ndarray  # int64 [MAX_ROWS, held.STATES_SIZE]
 
 
 @dataclass(slots=True)

@@ -6,12 +6,12 @@ import numpy as np
 
 from cpu_kernels.format.spec import Activation, ExpertSpec
 from cpu_kernels.step.attend import EVERYTHING, Sight
-from cpu_kernels.step.gated_norm import GatedNorm
 from cpu_kernels.step.heads import NO_CLIP, HeadNorm, Tuning
 from cpu_kernels.step.latent import LatentSizes
 from cpu_kernels.step.products import Product
-from cpu_kernels.step.recurrence import Fading, Heads
 from cpu_kernels.step.router import Selection
+from cpu_kernels.step.states.gated_norm import GatedNorm
+from cpu_kernels.step.states.recurrence import Fading, Heads
 from cpu_kernels.step.stream import Embedding, Norm
 
 

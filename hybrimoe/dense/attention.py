@@ -27,7 +27,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from cpu_kernels import decode_attention, supports_decode_attention
 from cpu_kernels.backends.prompt_attention import prompt_attention, supports_prompt_attention
 from cpu_kernels.backends.shared import shared_backend
-from cpu_kernels.step.stored_states import StoredStates
+from cpu_kernels.step.states.stored import StoredStates
 from hybrimoe.dense.prompts import multiplies_bfloat16
 
 REPLACED = "sdpa"

@@ -14,8 +14,8 @@ import torch
 from transformers.cache_utils import DynamicCache
 
 from cpu_kernels.step.kv_rows import FLOAT_KINDS, store_tokens
+from cpu_kernels.step.states.stored import StoredStates
 from cpu_kernels.step.stored import KIND_OF, row_bytes
-from cpu_kernels.step.stored_states import StoredStates
 from hybrimoe.generation.growing import GrowingLayer, growing_cache
 
 __all__ = ["ROW_DTYPES", "StoredLayer", "can_hold", "kv_dtype_of", "new_cache"]

@@ -11,8 +11,8 @@ from cpu_kernels.backends import prompt_attention as module
 from cpu_kernels.backends.prompt_attention import prompt_attention, supports_prompt_attention
 from cpu_kernels.errors import LayoutError
 from cpu_kernels.step.kv_rows import store_tokens, turned
+from cpu_kernels.step.states.stored import StoredStates
 from cpu_kernels.step.stored import KIND_OF, row_bytes
-from cpu_kernels.step.stored_states import StoredStates
 
 TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 """Relative error against float64 of the same keys and values; of bfloat16 half a percent is the rounding of scores."""

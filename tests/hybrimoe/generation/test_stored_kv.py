@@ -12,7 +12,7 @@ import torch
 from transformers import DynamicCache
 
 import hybrimoe
-from cpu_kernels.step.stored_states import StoredStates
+from cpu_kernels.step.states.stored import StoredStates
 from hybrimoe.dense import attention
 from hybrimoe.errors import ConfigError
 from hybrimoe.generation import Conversation, SamplingOptions, TextGenerator

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 import hybrimoe
 from cpu_kernels.step.heads import Tuning
-from hybrimoe.step import read_attention
+from hybrimoe.step.reading import attention as read_attention
 from hybrimoe.step.step import Step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))

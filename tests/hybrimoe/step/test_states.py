@@ -18,7 +18,7 @@ import hybrimoe
 from cpu_kernels.errors import ActivationValueError
 from cpu_kernels.step.compiled import CompiledStates
 from hybrimoe.generation.growing import growing_cache
-from hybrimoe.step.read_states import read_gated_norm
+from hybrimoe.step.reading.states import read_gated_norm
 from hybrimoe.step.states import States, put_states, states_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "families"))

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from cpu_kernels.step.gated_norm import GatedNorm
 from cpu_kernels.step.parts import HeadColumns, Recurrence, Segment, StateLayer
-from cpu_kernels.step.recurrence import (
+from cpu_kernels.step.states.gated_norm import GatedNorm
+from cpu_kernels.step.states.recurrence import (
     BY_SIGMOID,
     BY_SOFTPLUS,
     DELTA,
@@ -31,9 +31,9 @@ from cpu_kernels.step.recurrence import (
 )
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.prompts import PromptReading
-from hybrimoe.step.read_parts import LINEARS, NORM_TOLERANCE, SAMPLES, array, read_linear, read_norm
+from hybrimoe.step.reading.parts import LINEARS, NORM_TOLERANCE, SAMPLES, array, read_linear, read_norm
+from hybrimoe.step.reading.trace import Call, Trace, same
 from hybrimoe.step.states import States
-from hybrimoe.step.trace import Call, Trace, same
 
 L2_EPS = 1e-6
 """Of the norm of queries and keys, a constant of transformers' gated delta rules."""

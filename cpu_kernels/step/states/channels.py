@@ -22,8 +22,8 @@ from cpu_kernels.jit.compiled import Whole, Worker, inline_kernel
 from cpu_kernels.jit.primitives import floats_at, halves_at, int64s_at, take_ticket
 from cpu_kernels.step.cached import rows_of
 from cpu_kernels.step.floats import FLOAT32, bits_of, copy, fill, float_of, from_half, silu, square_sum, to_half
-from cpu_kernels.step.held_states import INPUTS, INPUTS_KIND, NEW_INPUTS, n_sequences, states_of
 from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, STATE_SIZE, Part, Program
+from cpu_kernels.step.states.held import INPUTS, INPUTS_KIND, NEW_INPUTS, n_sequences, states_of
 
 (STATE, NEXT, N_CHANNELS, TAPS, WEIGHT, BIAS, SILU, N_UNITS, UNITS, OUT, PLACES, CHANNELS_CALL) = range(12)
 # A unit: where its columns lie and those that they are multiplied with before and after (0: none), floats from one row

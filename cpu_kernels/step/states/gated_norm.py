@@ -16,7 +16,7 @@ from cpu_kernels.jit.primitives import floats_at, int64s_at, take_ticket
 from cpu_kernels.step.floats import bits_of, sigmoid, silu, square_sum
 from cpu_kernels.step.heads import root_factor, scale_by
 from cpu_kernels.step.program import N_ROWS, STATE_SIZE, Part, Program
-from cpu_kernels.step.recurrence import Places
+from cpu_kernels.step.states.recurrence import Places
 
 (STATE, NEXT, ROWS, N_GROUPS, GROUP, WEIGHT, EPS, GATE, GATE_ROW, FIRST, SIGMOID, NORM_CALL) = range(12)
 

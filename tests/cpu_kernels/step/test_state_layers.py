@@ -10,13 +10,14 @@ import pytest
 
 from cpu_kernels.errors import LayoutError
 from cpu_kernels.jit.compiled import kernel
-from cpu_kernels.step import recurrence
-from cpu_kernels.step.channels import Unit, add_channels
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32, exp_of
-from cpu_kernels.step.gated_norm import GatedNorm, add_gated_norm
-from cpu_kernels.step.held_states import STATES_SIZE
 from cpu_kernels.step.program import MAX_ROWS, N_ROWS, SEEN, SEQUENCE, Program
-from cpu_kernels.step.recurrence import (
+from cpu_kernels.step.run import perform
+from cpu_kernels.step.states import recurrence
+from cpu_kernels.step.states.channels import Unit, add_channels
+from cpu_kernels.step.states.gated_norm import GatedNorm, add_gated_norm
+from cpu_kernels.step.states.held import STATES_SIZE
+from cpu_kernels.step.states.recurrence import (
     BY_SIGMOID,
     BY_SOFTPLUS,
     DELTA,
@@ -29,7 +30,6 @@ from cpu_kernels.step.recurrence import (
     Places,
     add_recurrence,
 )
-from cpu_kernels.step.run import perform
 
 TOLERANCE = 2e-5
 """Relative, of sums of up to some hundred float32 products."""

@@ -12,11 +12,11 @@ from cpu_kernels.step.parts import Arm, Branch, Core, Mlp, Moe, Sum
 from cpu_kernels.step.stream import Norm
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.read_attention import RopeTables, cache_number, read_attention
-from hybrimoe.step.read_experts import read_experts, read_experts_alone
-from hybrimoe.step.read_parts import FIT_TOLERANCE, nearest, read_mlp, read_norm
-from hybrimoe.step.read_states import read_state_layer
-from hybrimoe.step.trace import Call, Trace, same
+from hybrimoe.step.reading.attention import RopeTables, cache_number, read_attention
+from hybrimoe.step.reading.experts import read_experts, read_experts_alone
+from hybrimoe.step.reading.parts import FIT_TOLERANCE, nearest, read_mlp, read_norm
+from hybrimoe.step.reading.states import read_state_layer
+from hybrimoe.step.reading.trace import Call, Trace, same
 
 
 @dataclass(frozen=True, slots=True)

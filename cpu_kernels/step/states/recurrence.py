@@ -24,8 +24,8 @@ from cpu_kernels.jit.compiled import Real, Truth, Whole, Worker, float_kernel, i
 from cpu_kernels.jit.primitives import floats_at, halves_at, int64s_at, take_ticket
 from cpu_kernels.step.cached import rows_of
 from cpu_kernels.step.floats import FLOAT32, bits_of, fill, float_of, read_row, softplus, write_row
-from cpu_kernels.step.held_states import MATRICES, MATRICES_KIND, NEW_MATRICES, n_sequences, states_of
 from cpu_kernels.step.program import N_ROWS, SCRATCH, SCRATCH_BYTES, STATE_SIZE, Part, Program
+from cpu_kernels.step.states.held import MATRICES, MATRICES_KIND, NEW_MATRICES, n_sequences, states_of
 
 (STATE, NEXT, RULE, N_HEADS, N_KEY_HEADS, K_DIM, V_DIM, CHANNELS, CHANNELS_ROW, Q, K, V, BETA, BETA_ROW, FADING, FADES,
  FADES_ROW, FADES_EACH, RATE, BIAS, LOW, HIGH, SKIP, OUT, PLACES, RECURRENCE_CALL) = range(26)  # fmt: skip

@@ -1,0 +1,1 @@
+"""Layers that keep a state of a text in place of keys and values: convolutions, linear attention, Mamba."""
