@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from hybrimoe.step.reading.attention import angles_at
-from hybrimoe.step.reading.trace import Call
+from hybrimoe.step.trace import Call
 
 BLOCK_POSITIONS = 1024
 """Positions by which a table grows."""

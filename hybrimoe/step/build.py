@@ -23,10 +23,10 @@ from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.mixed import MixedStep
 from hybrimoe.step.model_step import ModelStep
-from hybrimoe.step.reading.model import Reading, read_model
-from hybrimoe.step.reading.trace import CALL_ERRORS, SEED, record, without_earlier_images
+from hybrimoe.step.read_model import Reading, read_model
 from hybrimoe.step.served import ServedStep
 from hybrimoe.step.step import Step
+from hybrimoe.step.trace import CALL_ERRORS, SEED, record, without_earlier_images
 
 TRIAL_TOKENS = 7
 """Of the step that a captured one is compared with; the last is computed in both ways."""

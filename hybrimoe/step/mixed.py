@@ -19,7 +19,7 @@ from cpu_kernels.step.compiled import CompiledLayers, Workspace
 from hybrimoe.step.caches import BoundLayers
 from hybrimoe.step.calls import StepCall
 from hybrimoe.step.forward import InPlaceOfForward
-from hybrimoe.step.reading.model import PieceReading, Reading
+from hybrimoe.step.read_model import PieceReading, Reading
 from hybrimoe.step.seats import Seat
 from hybrimoe.step.served import ServedStep
 

@@ -20,9 +20,9 @@ from cpu_kernels.step.compiled import CompiledStates, Workspace
 from cpu_kernels.step.parts import StateLayer
 from cpu_kernels.step.program import MAX_ROWS
 from hybrimoe.step.forward import InPlaceOfForward
-from hybrimoe.step.reading.trace import Call
 from hybrimoe.step.seats import Seat
 from hybrimoe.step.states import States, begin_states, place_of_states, states_of
+from hybrimoe.step.trace import Call
 
 MOST_SEQUENCES = MAX_ROWS // 2
 """So that each has two tokens in a call at least."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.reading.trace import Call
+from hybrimoe.step.trace import Call
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from hybrimoe.step.caches import BoundLayers, fits
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.model_step import ModelStep
 from hybrimoe.step.prompts import StatePrompts
-from hybrimoe.step.reading.model import Reading
+from hybrimoe.step.read_model import Reading
 from hybrimoe.step.states import States
 from scheduler import Phase
 

@@ -16,7 +16,7 @@ from cpu_kernels.step.program import MAX_LOGITS, MAX_ROWS
 from hybrimoe.errors import ModelError
 from hybrimoe.step.caches import BoundLayers, begin
 from hybrimoe.step.calls import StepCall, tokens_held
-from hybrimoe.step.reading.model import Reading
+from hybrimoe.step.read_model import Reading
 from hybrimoe.step.served import ServedStep
 from scheduler import Phase
 

@@ -1,1 +1,1 @@
-"""From a recorded step of a model to the description of its layers, compared with the layers themselves."""
+"""What the layers of a recorded step compute, as the compiled step describes it: by their own modules and values."""

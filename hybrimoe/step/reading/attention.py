@@ -25,7 +25,7 @@ from hybrimoe.generation.growing import GrowingIndexedLayer, GrowingLayer
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.reading.index import Choice, choice_of, read_index
 from hybrimoe.step.reading.parts import LINEARS, array, read_linear, read_matrix, read_norm
-from hybrimoe.step.reading.trace import NEW_TOKENS, Call, Trace, same
+from hybrimoe.step.trace import NEW_TOKENS, Call, Trace, same
 
 FAR, FAR_STEPS = 100_000, 3
 """A far position where nothing says which are, and steps of what grows that lie before a far one."""

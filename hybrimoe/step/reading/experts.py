@@ -14,7 +14,7 @@ from cpu_kernels.step.stream import Norm
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.reading.parts import LINEARS, read_linear, read_mlp, read_norm
 from hybrimoe.step.reading.router import Routing, read_router, read_router_alone
-from hybrimoe.step.reading.trace import Call, same
+from hybrimoe.step.trace import Call, same
 
 NO_BETTER = 1.05
 """By how much other factors must come nearer than ones do: in bfloat16 what is left is the rounding of the sum."""

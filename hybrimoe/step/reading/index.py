@@ -14,7 +14,7 @@ from cpu_kernels.step.heads import HALVES, PAIRS
 from cpu_kernels.step.parts import Index, Rope
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.reading.parts import LINEARS, array, read_linear, read_norm
-from hybrimoe.step.reading.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
+from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace, same
 
 KEY_TOLERANCE = {torch.float32: 1e-5}
 """Relative, of rotated keys, by their dtype."""

@@ -16,7 +16,7 @@ from hybrimoe.step.reading.attention import RopeTables, cache_number, read_atten
 from hybrimoe.step.reading.experts import read_experts, read_experts_alone
 from hybrimoe.step.reading.parts import FIT_TOLERANCE, nearest, read_mlp, read_norm
 from hybrimoe.step.reading.states import read_state_layer
-from hybrimoe.step.reading.trace import Call, Trace, same
+from hybrimoe.step.trace import Call, Trace, same
 
 
 @dataclass(frozen=True, slots=True)

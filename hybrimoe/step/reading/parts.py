@@ -17,7 +17,7 @@ from cpu_kernels.step.stream import Norm
 from hybrimoe.dense.linear import PackedLinear
 from hybrimoe.experts.activation import recognise_function
 from hybrimoe.step.errors import NotCompiled
-from hybrimoe.step.reading.trace import Call, same
+from hybrimoe.step.trace import Call, same
 
 LINEARS = (nn.Linear, PackedLinear)
 NORM_TOLERANCE = 1e-5

@@ -25,7 +25,7 @@ from cpu_kernels.step.router import (
 from cpu_kernels.step.stream import Norm
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.reading.parts import LINEARS, NORM_TOLERANCE, array, read_linear, read_matrix
-from hybrimoe.step.reading.trace import Call
+from hybrimoe.step.trace import Call
 
 SAMPLE_ROWS = 256
 WEIGHT_TOLERANCE = 1e-4

@@ -32,8 +32,8 @@ from cpu_kernels.step.states.recurrence import (
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.prompts import PromptReading
 from hybrimoe.step.reading.parts import LINEARS, NORM_TOLERANCE, SAMPLES, array, read_linear, read_norm
-from hybrimoe.step.reading.trace import Call, Trace, same
 from hybrimoe.step.states import States
+from hybrimoe.step.trace import Call, Trace, same
 
 L2_EPS = 1e-6
 """Of the norm of queries and keys, a constant of transformers' gated delta rules."""

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from cpu_kernels.format.spec import Activation
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.reading.parts import read_mlp
-from hybrimoe.step.reading.trace import Call
+from hybrimoe.step.trace import Call
 
 WIDTH, INTER = 12, 20
 Gate = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

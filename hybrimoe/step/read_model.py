@@ -16,16 +16,16 @@ from cpu_kernels.step.stream import Embedding
 from hybrimoe.experts.module import HybridExperts
 from hybrimoe.generation.growing import GrowingLayer
 from hybrimoe.step.caches import NoRows, no_rows_of
+from hybrimoe.step.compare import Comparison, is_exact
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.prompts import PromptReading
 from hybrimoe.step.reading.attention import RopeTables
-from hybrimoe.step.reading.compare import Comparison, is_exact
 from hybrimoe.step.reading.layer import Site, branches_of, sites_of, whole_site
 from hybrimoe.step.reading.parts import read_linear, read_norm
 from hybrimoe.step.reading.states import read_prompts
-from hybrimoe.step.reading.trace import PROMPT_TOKENS, Call, Trace, same
 from hybrimoe.step.seats import Seat
 from hybrimoe.step.states import States
+from hybrimoe.step.trace import PROMPT_TOKENS, Call, Trace, same
 
 CAP_TOLERANCE = 1e-2
 """Relative, of logits that are kept below a cap: of bfloat16."""

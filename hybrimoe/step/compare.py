@@ -26,8 +26,8 @@ from hybrimoe.step.prompts import PromptReading, computed
 from hybrimoe.step.reading.attention import RopeTables, angles_at, at_positions, far_positions, reads_positions
 from hybrimoe.step.reading.index import choice_of, narrowed
 from hybrimoe.step.reading.layer import Site, rounding, whole_site
-from hybrimoe.step.reading.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace
 from hybrimoe.step.states import States, place_of_states, states_of
+from hybrimoe.step.trace import NEW_TOKENS, PROMPT_TOKENS, Call, Trace
 
 EXACT, ROUNDED = 1e-4, 6e-2
 """Relative error of what a branch adds to the stream: of float32 weights; where weights, activations or the cache are
