@@ -57,11 +57,12 @@ class ExpertsEmitter(RowEmitter):
         call = experts_call(
             program, core.spec, top_k, source, 0 if core.scaled_inputs else weights, rows, self.isa_name
         )
+        has_identities = core.router.n_out > len(core.addresses)
         self.active[self._layer] = add_selection(
             program, core.selection, core.router.n_out, logits, call, core.addresses, ids, weights,
-            meets=not core.shared, by_entry=core.scaled_inputs,
+            meets=not core.shared or has_identities, by_entry=core.scaled_inputs,
         )  # fmt: skip
-        if core.router.n_out > len(core.addresses):
+        if has_identities:
             add_identities(program, width, len(core.addresses), top_k, normed, ids, weights, rows)
         results: list[Summand] = []
         prepared = []

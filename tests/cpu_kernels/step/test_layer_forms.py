@@ -8,16 +8,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from cpu_kernels.format.spec import Activation
+from cpu_kernels.format.spec import Activation, ExpertSpec
 from cpu_kernels.host.isa import detect
 from cpu_kernels.step.attend import SIGMOID_GATE, SOFTPLUS_GATE
 from cpu_kernels.step.capped import add_cap
 from cpu_kernels.step.compiled import CachePlace, CompiledLayers
 from cpu_kernels.step.floats import FLOAT32
 from cpu_kernels.step.heads import HeadNorm, Tuning
-from cpu_kernels.step.parts import Arm, Attention, Branch, Columns, GateColumns, Layer, Mlp, Sum
+from cpu_kernels.step.parts import Arm, Attention, Branch, Columns, GateColumns, Layer, Mlp, Moe, Sum
 from cpu_kernels.step.products import Product, plain_product
-from cpu_kernels.step.program import N_ROWS, Program
+from cpu_kernels.step.program import LINE, MEETS, N_ROWS, WORKER, Program
+from cpu_kernels.step.router import SELECT_WORK, Selection
 from cpu_kernels.step.run import perform
 from cpu_kernels.step.stream import Norm
 
@@ -178,6 +179,30 @@ def test_cores_side_by_side(width: int, n_rows: int) -> None:
     )
     expected = 0.9 * x + 0.3 * normed(branch.post, np.asarray(total))
     np.testing.assert_allclose(run(branch, x), expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+
+
+def test_the_identity_beside_shared_experts_waits_for_the_choice() -> None:
+    """The one expert with weights is never chosen: what comes out are shared experts and what was given."""
+    width, n_experts = 64, 5
+    weights = Weights(3)
+    record = np.zeros(ExpertSpec(width, 32, "float32", Activation("silu")).record_bytes + LINE, np.uint8)
+    record = record[-record.ctypes.data % LINE :]
+    never = np.array([-1e9, 0, 0, 0, 0], np.float32)
+    moe = Moe(
+        weights.product(n_experts, width), Selection(2, correction=never),
+        ExpertSpec(width, 32, "float32", Activation("silu")), np.array([record.ctypes.data], np.int64),
+        shared=(weights.mlp(width, 24),),
+    )  # fmt: skip
+    x = weights.rng.standard_normal((4, width), np.float32)
+    logits = weights.times(moe.router, x)
+    shares = np.exp(logits - logits.max(-1, keepdims=True))
+    shares /= shares.sum(-1, keepdims=True)
+    own = np.sort(shares[:, 1:], -1)[:, -2:].sum(-1, keepdims=True)
+    expected = x + own * x + weights.mlp_of(moe.shared[0], x)
+    branch = Branch(moe, None, None)
+    np.testing.assert_allclose(run(branch, x), expected, rtol=TOLERANCE, atol=TOLERANCE * np.abs(expected).max())
+    table = CompiledLayers([(0, Layer((branch,)))], width, (), 2, detect().isa.name).program.table
+    assert table[table[:, WORKER] == SELECT_WORK.address, MEETS].tolist() == [1]
 
 
 @pytest.mark.parametrize("width", [1, 7, 8191, 8192, 20_011])
