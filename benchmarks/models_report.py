@@ -33,6 +33,8 @@ STORED = [
     *(word for dtype in ("bfloat16", "int8", "int4") for word in ("--kv-dtype", dtype)),
     *(word for dtype in ("f16", "q8_0") for word in ("--llama-kv", dtype)),
 ]
+QWEN3_NEXT = ("--shape", "qwen3-next-80b-a3b", "--layers", "4")
+"""Three layers with the gated delta rule and one with attention: what its 48 layers are made of."""
 RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "decode": (("decode", "--prompt-tokens", "32", "--new-tokens", "24", "--rounds", "5"), DENSE),
     "prefill": (("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain"), DENSE),
@@ -47,6 +49,14 @@ RUNS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "16 layers, prefill": (
         ("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain", "--layers", "16"),
         ("int8",),
+    ),
+    "Qwen3-Next": (
+        ("decode", "--prompt-tokens", "32", "--new-tokens", "24", "--rounds", "5", "--no-plain", *QWEN3_NEXT),
+        DENSE,
+    ),
+    "Qwen3-Next, prefill": (
+        ("prefill", "--prompt-tokens", "512", "--rounds", "3", "--no-plain", *QWEN3_NEXT),
+        DENSE,
     ),
 }
 """Kind -> the command's words, and dtypes of the dense layers. Plain transformers decodes beside the first one."""
@@ -73,6 +83,8 @@ TITLES = {
     "decode 8k": "Decode at a context of 8,000 tokens, tokens/s",
     "16 layers": "16 layers: decode, tokens/s (prompt of 32 tokens)",
     "16 layers, prefill": "16 layers: prefill of 512 tokens, tokens/s",
+    "Qwen3-Next": "Qwen3-Next-80B-A3B's shape, 4 layers: decode, tokens/s (prompt of 32 tokens)",
+    "Qwen3-Next, prefill": "Qwen3-Next-80B-A3B's shape, 4 layers: prefill of 512 tokens, tokens/s",
 }
 AT_ONCE_NOTE = """Replies share the dense layers, and few experts: random routing sends 4 tokens, each to 8 of 64
 experts, to 26.5 different ones (64 * (1 - (7/8)^4)). The last column is what a step would give that reads its weights,
@@ -84,7 +96,7 @@ INTRODUCTION = f"""# Whole models: measured
 
 Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on virtual machines,
 shared, with as many threads as cores for everybody; experts on the CPU alone. Random weights in the shape of
-{SHAPE} with {LAYERS} layers, the same for all: llama.cpp (llama-cpp-python) reads them as Q4_0 with an output
+{SHAPE} with {LAYERS} layers where nothing else is said, the same for all: llama.cpp (llama-cpp-python) reads them as Q4_0 with an output
 layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as named. A cell is the median of
 alternating rounds, its range behind it. *Of the read rate*: the weights that a token visits by the time of its step,
 as a share of what this machine reads with as many threads; keys and values are not counted. Where nothing else is said,
@@ -155,7 +167,8 @@ def run(dense: str, *words: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder) / "deploy.yaml"
         config.write_text(f"accelerator: none\ncpu: {{expert_dtype: int4, dense_dtype: {dense}}}\n", encoding="utf-8")
-        command = [sys.executable, "-m", "hybrimoe", "bench", *words, "--shape", SHAPE, "--config", str(config)]
+        shape = () if "--shape" in words else ("--shape", SHAPE)
+        command = [sys.executable, "-m", "hybrimoe", "bench", *words, *shape, "--config", str(config)]
         print(" ".join(command[3:-2]), file=sys.stderr)
         done = subprocess.run([*command, "--json"], check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(done.stdout)
@@ -261,8 +274,8 @@ def bytes_at_once(data: dict[str, Any]) -> list[Any]:
 def summary(machines: Sequence[dict[str, Any]]) -> str:
     """README's lines."""
     lines = [
-        f"Measured on the CPU alone, the same weights in the shape of {SHAPE} with {LAYERS} layers",
-        "([docs/models-measured.md](docs/models-measured.md)):",
+        f"Measured on the CPU alone, the same weights in the shape of {SHAPE} with {LAYERS} layers where nothing else",
+        "is said ([docs/models-measured.md](docs/models-measured.md)):",
         "",
         "| tokens/s | ours, dense int8 | ours, dense int4 | llama.cpp Q4_0 | transformers bfloat16 |",
         "|---|---|---|---|---|",

@@ -37,8 +37,10 @@ def test_the_pages_are_those_of_the_recorded_runs(report: ModuleType, tmp_path: 
 def test_peers_had_as_many_threads_and_the_same_weights(report: ModuleType) -> None:
     kept = json.loads((ROOT / "docs" / "models-measured.json").read_text(encoding="utf-8"))
     assert len({report.title(data) for data in kept["machines"]}) == len(kept["machines"])
-    for result in (each for data in kept["machines"] for runs in data["compared"].values() for each in runs.values()):
-        assert result["model"] == report.SHAPE
+    compared = [(kind, runs) for data in kept["machines"] for kind, runs in data["compared"].items()]
+    for kind, result in ((kind, each) for kind, runs in compared for each in runs.values()):
+        words = report.RUNS[kind][0]
+        assert result["model"] == (words[words.index("--shape") + 1] if "--shape" in words else report.SHAPE)
         assert result["threads"] == result["machine"]["cores"]
         assert "llama.cpp" in {row["name"] for row in result["results"]}
         assert report.ours_beside(result)["name"].startswith("as configured")
