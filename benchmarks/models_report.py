@@ -94,16 +94,16 @@ counted, as fast as that of one reply does. With more layers it is less, because
 """What bounds several replies at once."""
 INTRODUCTION = f"""# Whole models: measured
 
-Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on virtual machines,
-shared, with as many threads as cores for everybody; experts on the CPU alone. Random weights in the shape of
-{SHAPE} with {LAYERS} layers where nothing else is said, the same for all: llama.cpp (llama-cpp-python) reads
-them as Q4_0 with an output layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as named. A cell is the median of
-alternating rounds, its range behind it. *Of the read rate*: the weights that a token visits by the time of its step,
-as a share of what this machine reads with as many threads; keys and values are not counted. Where nothing else is said,
-ours stores keys and values as bfloat16 and llama.cpp as f16; one that stores them in fewer bits, which llama.cpp does
-with flash attention, is compared with ours in as many. *Cosine*: of the logits
-after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the contender holds
-(none where the system meanwhile took pages back that another contender had mapped).
+Written by `benchmarks/models_report.py` from runs of `hybrimoe bench decode` and `bench prefill` on virtual
+machines, shared, with as many threads as cores for everybody; experts on the CPU alone. Random weights in the shape
+of {SHAPE} with {LAYERS} layers where nothing else is said, the same for all: llama.cpp (llama-cpp-python) reads
+them as Q4_0 with an output layer of Q8_0, transformers as bfloat16; ours has int4 experts, and dense layers as
+named. A cell is the median of alternating rounds, its range behind it. *Of the read rate*: the weights that a token
+visits by the time of its step, as a share of what this machine reads with as many threads; keys and values are not
+counted. Where nothing else is said, ours stores keys and values as bfloat16 and llama.cpp as f16; one that stores
+them in fewer bits, which llama.cpp does with flash attention, is compared with ours in as many. *Cosine*: of the
+logits after the prompt, to those of plain transformers. *MiB*: by how much the process grew, for all that the
+contender holds (none where the system meanwhile took pages back that another contender had mapped).
 `HYBRIMOE_ISA` makes ours take an older instruction set; the others take what the CPU has.
 """
 
