@@ -175,7 +175,7 @@ def _attention_params(config: Mapping[str, Any], hidden: int, name: str) -> int:
         return _mla_params(config, hidden, heads)
     head_dim = _head_dim(config, hidden, name)
     kv_heads = _first(config, ("num_key_value_heads",)) or heads
-    if _is_linear(config):
+    if _is_linear(config) and config.get("linear_num_key_heads"):  # else it is not told how large a delta net is
         share, gated = _full_attention(config), hidden * head_dim * (3 * heads + 2 * kv_heads)
         return round(share * gated + (1 - share) * _linear_params(config, hidden, name))
     return 2 * hidden * head_dim * (heads + kv_heads)

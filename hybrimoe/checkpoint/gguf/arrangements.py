@@ -98,7 +98,7 @@ SIZED: dict[Arrangement, Callable[..., torch.Tensor]] = {
     "heads of k": _key_heads,
     "by key head": _by_key_head,
     "values by key head": _grouped_values,
-    "columns of values by key head": lambda config, tensor: _grouped_values(config, tensor.T).T,
+    "columns of values by key head": lambda config, tensor: _grouped_values(config, tensor.T).T.contiguous(),
     "values by key head, log of minus": lambda config, tensor: _log_of_minus(_grouped_values(config, tensor)),
     "last values by key head": _last_grouped_values,
     "unscaled latents": _unscaled,

@@ -180,7 +180,7 @@ def _scan(found: _Found) -> StateLayer:
     if rest or n_keys < 1 or n % n_keys or found.widths != [value + n_channels + n]:
         raise found.refused(f"its projections give {found.widths} columns for {n_channels} channels of {n} heads")
     low, high = getattr(found.call.module, "time_step_limit", (0.0, NO_LIMIT))
-    rate, bias, skip = np.exp(_tensor(found, "A_log", n)), _tensor(found, "dt_bias", n), _tensor(found, "D", n)
+    rate, bias, skip = _rates(found, n), _tensor(found, "dt_bias", n), _tensor(found, "D", n)
     fading = Fading(BY_SOFTPLUS, rate, bias, low=float(low), high=min(float(high), NO_LIMIT))
     heads = Heads(n, n_keys, k_dim, v_dim, value + n_keys * k_dim, value, 0)
     norm = _gated_norm(found, value)
@@ -282,13 +282,18 @@ def _gate_number(found: _Found) -> int:
 
 def _fadings(found: _Found, heads: Heads) -> Iterator[Fading]:
     """How much a token keeps of a matrix: by its step, or within a bound that a module names."""
-    rate = np.exp(_tensor(found, "A_log", heads.n))
+    rate = _rates(found, heads.n)
     bias = _tensor(found, "dt_bias", heads.n, heads.n * heads.k_dim)
     each = bias.size != heads.n
     yield Fading(BY_SOFTPLUS, rate, bias, each)
     bounds = {getattr(module, "lower_bound", None) for module in found.call.module.modules()}
     for bound in sorted(bound for bound in bounds if isinstance(bound, int | float)):
         yield Fading(BY_SIGMOID, rate, bias, each, float(bound))
+
+
+def _rates(found: _Found, n: int) -> np.ndarray:
+    """How fast each of n heads forgets, with the bits that the layer's own code gives."""
+    return torch.from_numpy(_tensor(found, "A_log", n)).exp().numpy()
 
 
 def _tensor(found: _Found, name: str, *sizes: int) -> np.ndarray:

@@ -20,9 +20,20 @@ from cpu_kernels.step import attend, index
 from cpu_kernels.step.cached import I_KIND, I_TOKEN, INDEX, PLACE_SIZE
 from cpu_kernels.step.floats import BFLOAT16, FLOAT32
 from cpu_kernels.step.heads import HALVES, PAIRS, PAIRS_TO_HALVES, Rotary
-from cpu_kernels.step.program import MASK, MASK_ROW, MAX_ROWS, N_ROWS, NOT_FINITE, PADDING, SEEN, SEQUENCE, Program
+from cpu_kernels.step.program import (
+    MASK,
+    MASK_ROW,
+    MAX_ROWS,
+    N_ROWS,
+    NOT_FINITE,
+    PADDING,
+    SEEN,
+    SEQUENCE,
+    Part,
+    Program,
+)
 from cpu_kernels.step.run import perform
-from cpu_kernels.step.stream import Norm
+from cpu_kernels.step.stream import Norm, add_stream
 
 DTYPES = {FLOAT32: torch.float32, BFLOAT16: torch.bfloat16}
 SCORE_ERROR = 1e-5
@@ -92,6 +103,7 @@ class Indexed:
             program, 3, index.IndexSizes(case.n_heads, case.dim, case.top_k), self.norm, rotary, self.q.data_ptr(),
             self.k.data_ptr(), self.w.data_ptr(), places.ctypes.data, chosen, isa,
         )  # fmt: skip
+        add_stream(program, Part.NORMS, 3, program.floats("between", 8), 8, keep=1.0)  # what comes between in a layer
         index.add_choice(program, call)
         index.set_index_kernel(call, self.stored, isa)
         scores = np.full((n_rows, self.room), np.nan, np.float32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hybrimoe.generation import SamplingOptions
-from hybrimoe.generation import prompt_logprobs as scoring
+from hybrimoe.generation.prompts import logprobs as scoring
 
 CONTEXT, CONTINUATION = "It was a bright cold day in April, and the clocks were striking", " thirteen."
 SENT = {"model": "tiny", "temperature": 0, "seed": 1234}

@@ -351,7 +351,7 @@ def test_tokens_that_stand_in_a_plane_stay_with_the_model() -> None:
 def test_threads_that_call_a_mixed_model_at_once_do_not_disturb_each_other() -> None:
     own = tiny_model("jamba")
     hybrimoe.inject(own, accelerator="none", expert_dtype="float32")
-    assert own.hybrimoe.step.read_model is None
+    assert own.hybrimoe.step.reading.model is None
     alone = [own.generate(prompt(1, seed), max_new_tokens=8, do_sample=False, pad_token_id=0) for seed in range(3)]
     with ThreadPoolExecutor(3) as pool:
         together = list(

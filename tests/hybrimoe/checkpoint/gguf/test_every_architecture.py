@@ -55,6 +55,7 @@ def test_a_gguf_file_gives_the_logits_of_the_model_it_was_made_from(family: str,
         warnings.simplefilter("error")  # nothing of the file is left out, nothing has to be guessed
         found = load(gguf_model(family, tmp_path), **FLOAT32)
     assert torch.equal(logits(found), expected)
+    assert all(weight.is_contiguous() for weight in found.parameters()), "the compiled step reads rows"
     assert found.config.model_type == json.loads((tmp_path / "model" / "config.json").read_text())["model_type"]
 
 
