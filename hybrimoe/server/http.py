@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -92,9 +93,18 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # it takes none at run time before Python 3.11
+    """Writes to the standard error of the moment: a program that runs a server within itself may have replaced it, and
+    have closed the former one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_to_stderr(access: bool) -> None:
     """Lines of the server's loggers; the access log only where it is asked for."""
-    handler = logging.StreamHandler()
+    handler = _Stderr()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger = logging.getLogger("hybrimoe.server")
     logger.handlers[:] = [handler]

@@ -3,8 +3,11 @@
 import asyncio
 import contextlib
 import copy
+import io
 import json
+import logging
 import socket
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -23,6 +26,7 @@ from hybrimoe.generation.continuous_batching import BatchEngine
 from hybrimoe.generation.growing import LEAST_ROOM
 from hybrimoe.runtime.budgets import Resized, ResizeError
 from hybrimoe.runtime.config import RuntimeConfig
+from hybrimoe.server import http
 from hybrimoe.server.app import create_app
 from hybrimoe.server.live.state import offered_beside
 from hybrimoe.server.models import Loadable, Models, Progress
@@ -451,6 +455,17 @@ def test_ctl_shows_and_changes_a_running_server(served, tmp_path):
             code, said = ctl(*words, "--url", url, **known)
             assert (code, refusal in said) == (1, True), said
         assert ctl("load", "tiny", "--url", url, **known)[0] == 0
+
+
+def test_a_server_logs_to_the_standard_error_of_the_moment(monkeypatch, capsys):
+    former, logger = io.StringIO(), logging.getLogger("hybrimoe.server")
+    monkeypatch.setattr(logger, "handlers", [])
+    with monkeypatch.context() as replaced:
+        replaced.setattr(sys, "stderr", former)
+        http._log_to_stderr(access=False)
+    former.close()
+    logger.info("a line")
+    assert capsys.readouterr().err.endswith("a line\n")
 
 
 def test_ctl_loads_and_unloads(injected):
