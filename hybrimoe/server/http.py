@@ -7,7 +7,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TextIO
 
 from hybrimoe.errors import ConfigError
 
@@ -93,7 +93,7 @@ def _bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]  # it takes none at run time before Python 3.11
+class _Stderr(logging.StreamHandler[TextIO]):
     """Writes to the standard error of the moment: a program that runs a server within itself may have replaced it, and
     have closed the former one."""
 
