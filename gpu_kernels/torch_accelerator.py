@@ -8,7 +8,7 @@ go through a ring of page-locked staging buffers. On device "cpu" the same code 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -21,6 +21,9 @@ from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
 from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
+from gpu_kernels.driver.functions import Driver
+from gpu_kernels.driver.queue import Queue
+from gpu_kernels.driver.queued import QueuedCopy
 from gpu_kernels.errors import ClosedError, LostError, SlotError
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
@@ -34,6 +37,8 @@ from gpu_kernels.waiting import new_limit, wait_for_stream
 STAGING_BUFFERS = 4
 """Page-locked records under way at once when the host's records are not page-locked."""
 ALIGNMENT_BYTES = 256
+LANDED = DoneEvent(0.0, 0.0)
+"""A copy whose end compiled code has seen."""
 
 
 SMALL_BYTES = 64 << 10
@@ -284,6 +289,35 @@ class TorchAccelerator:
         replay()
         event.end.record(stream)
         return event
+
+    def driver_queue(self, driver: Driver) -> Queue:
+        """What compiled code submits copies and launches by, to the slots as they are now. Raises DriverError."""
+        copies = 0 if self._copy_stream is None else driver.stream(self._copy_stream)
+        return Queue(driver, copies, self._slots.data_ptr(), _stride(self._slot_bytes))
+
+    def hand_to(self, queue: Queue) -> None:
+        """From here on compiled code submits, on the current stream and that of copies, behind all that was."""
+        if self._copy_stream is None:
+            return
+        stream = torch.accelerator.current_stream(self.device)
+        for reader in self._events.take_reads():
+            if isinstance(reader, DeviceEvent):
+                self._copy_stream.wait_event(reader.end)
+        if self._read_by is not None and self._read_by != stream:
+            self._copy_stream.wait_stream(self._read_by)
+            self._read_by = None
+        queue.begin(queue.driver.stream(stream), is_read=self._read_by is not None)
+
+    def take_from(self, queue: Queue, under_way: Mapping[int, QueuedCopy]) -> None:
+        """Compiled code has ended; under_way: the copies by slot that it left so."""
+        for slot in queue.take_written():
+            self._events.on_write(slot, under_way.get(slot, LANDED))
+        if self._copy_stream is not None:
+            self._read_by = torch.accelerator.current_stream(self.device) if queue.is_read else None
+
+    def queued_copy(self, queue: Queue, number: int) -> QueuedCopy:
+        """A copy that the queue has under way, `number` places behind the oldest."""
+        return QueuedCopy(queue, number, self.device, self._copy_stream)
 
     def sibling(self) -> TorchAccelerator:
         """A second, empty slot memory behind the same streams; staging buffers are its own."""

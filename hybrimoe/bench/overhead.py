@@ -15,6 +15,7 @@ from cpu_kernels import ExpertWeights, reference_ffn, relative_error, tolerance
 from cpu_kernels.engine import layer as kernel_driver
 from cpu_kernels.engine import routed
 from gpu_kernels import Accelerator, EmulatedAccelerator, TorchAccelerator
+from gpu_kernels.graphs import Graph
 from gpu_kernels.streams import HostEvent
 from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
@@ -101,6 +102,14 @@ class Experts(nn.Module):
         raise ModelError("these experts have no weights")
 
 
+@dataclass(frozen=True, slots=True)
+class HostGraph:
+    """Recorded work of a device that is not there."""
+
+    replay: Callable[[], None]
+
+
+NOT_LAUNCHED = HostGraph(lambda: None)
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -220,7 +229,7 @@ class SentContender(Contender):
         assert exchanged is not None
         call = self.calls(1)[0][0]
         self._exchange, self._exchanged = exchanged.send(*call), exchanged
-        self._sent = [self._recorded(layer, call, lambda: None) for layer in range(request.layers)]
+        self._sent = [self._recorded(layer, call, NOT_LAUNCHED) for layer in range(request.layers)]
 
     @staticmethod
     def _accelerator() -> Accelerator:
@@ -230,8 +239,8 @@ class SentContender(Contender):
     def _profile() -> HardwareProfile | None:
         return open_hardware(CARD)
 
-    def _recorded(self, layer: int, call: Call, replay: Callable[[], None]) -> SentCall:
-        return self._exchanged.sent_call(layer, self._exchange, *call, replay)
+    def _recorded(self, layer: int, call: Call, graph: Graph) -> SentCall:
+        return self._exchanged.sent_call(layer, self._exchange, *call, graph)
 
     def prepared(self, layer: int, call: Call) -> Callable[[], object]:
         """What runs a call of a layer once the card has sent it."""
@@ -247,7 +256,7 @@ class SentContender(Contender):
         hidden, _, weights = call
         self._exchange.send(*call)
         compute = partial(self._exchanged.compute, 0, self._exchange, hidden, weights)
-        self.session.run_sent(self._recorded(0, call, compute))
+        self.session.run_sent(self._recorded(0, call, HostGraph(compute)))
         return self._exchanged.combine(self._exchange, hidden)
 
 

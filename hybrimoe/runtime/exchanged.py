@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from cpu_kernels.engine.routed import FLOATS
 from gpu_kernels import TorchAccelerator
+from gpu_kernels.driver.functions import Driver, driver_of
 from gpu_kernels.exchange import Exchange
+from gpu_kernels.graphs import Graph
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.startup.units import Unit
+from hybrimoe.runtime.token_loop.loop import NoLoopError, TokenLoop
 
 Shape = tuple[int, int, int, torch.dtype, torch.dtype]
 """Tokens, experts of a token, width; dtypes of hidden states and of weights."""
@@ -24,6 +27,7 @@ class ExchangedExperts:
     def __init__(self, runner: ExpertsCall, accelerator: TorchAccelerator) -> None:
         self.runner, self.accelerator = runner, accelerator
         self._exchanges: dict[Shape, Exchange] = {}
+        self._driver: Driver | None = None
 
     def takes(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
         """Whether calls of a layer with such tensors can be sent: of few tokens, on the device, without a norm over the
@@ -65,10 +69,20 @@ class ExchangedExperts:
 
     def sent_call(
         self, layer: int, exchange: Exchange, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor,
-        replay: Callable[[], None] | None,
+        graph: Graph | None,
     ) -> SentCall:  # fmt: skip
         """A call as it was recorded, for `Session.run_sent`."""
-        return SentCall(self.runner, layer, self.accelerator, exchange, hidden, ids, weights, replay)
+        return SentCall(self.runner, layer, self.accelerator, exchange, hidden, ids, weights, graph)
+
+    def loop_over(self, graphs: Sequence[Graph], calls: Sequence[SentCall]) -> TokenLoop:
+        """The compiled loop over recorded pieces and the calls between them. Raises NoLoopError or DriverError with the
+        reason where Python runs between them."""
+        store, accelerator = self.runner.experts.store, self.accelerator
+        if accelerator.needs_pinned_host() and not torch.from_numpy(store.record(0, 0)).is_pinned():
+            raise NoLoopError("experts in host memory are not page-locked, so that copies need Python")
+        if self._driver is None:
+            self._driver = driver_of(accelerator.device)
+        return TokenLoop(self.runner, accelerator, self._driver, graphs, calls)
 
 
 def find_exchanged(runner: ExpertsCall, units: Sequence[Unit]) -> ExchangedExperts | None:
