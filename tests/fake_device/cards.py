@@ -450,9 +450,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
         workspace = functools.partial(_workspace_of, cards)
         stack.enter_context(mock.patch.object(hybrimoe.runtime.startup.budget, "blas_workspace_bytes", workspace))
-        stack.enter_context(
-            mock.patch.object(hybrimoe.runtime.exchanged, "driver_of", lambda device: FakeDriver(cards))
-        )
+        stack.enter_context(mock.patch.object(hybrimoe.runtime.exchanged, "driver_of", return_value=FakeDriver(cards)))
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         stack.enter_context(mock.patch.object(WaitLimit, "wait", _counted(cards)))

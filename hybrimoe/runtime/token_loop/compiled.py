@@ -89,13 +89,13 @@ HORIZON, LINK_FREE_NS, PIECES_NS, BUSY_NS, N_NUMBERS = range(5)
 the host was busy with pieces, or waited for one. BUSY_NS: for how long the loop waits before Python does."""
 (GRAPH, EXPERTS, SLATE, IDS_AT, WEIGHTS_AT, WEIGHTS_KIND, TOP_K, HIDDEN_AT, HIDDEN_KIND, LAYER, LAUNCH_NS, SHEET,
  OUT_ROWS, GIVEN, SCORES, N_GIVEN, IS_TOLD, TARGET, TARGET_IDS, TARGET_SCORES, N_TARGET, BEGAN, ENDED_AT, N_CPU,
- N_ACCEL, CPU_NS, SHARE, ANSWERED_NS, LANES_NS, PLACE_SIZE) = range(30)  # fmt: skip
+ N_ACCEL, CPU_NS, SHARE, ANSWERED_NS, LANES_NS, SETTLED_NS, PLACE_SIZE) = range(31)  # fmt: skip
 """Places of a place int64[PLACE_SIZE]: graphs of the piece before it and of its experts; the `Slate`; where the call's
 tensors lie (`Places`); LAUNCH_NS: until the device's first expert runs; SHEET, OUT_ROWS: of the CPU's experts; GIVEN,
 SCORES, N_GIVEN, IS_TOLD: what the gates foretell for its decision, and whether they have; TARGET and the next: what it
 foretells for the place behind it (N_TARGET 0: nothing). Of the latest token: events BEGAN and ENDED_AT around the
 device's experts, N_CPU, N_ACCEL experts, CPU_NS for the former, the plan's link SHARE in millionths, what the answer
-took and its lanes of that."""
+took, its lanes of that, and what came after it."""
 HALVES, BIAS, CORRECTION, CORRECTED, SCORING, N_GATES, N_GATED, GATE_WIDTH, GATES_SIZE = range(9)
 """Places of GATES int64[GATES_SIZE]: a `GateStack`."""
 LAUNCHES, OWING, WAITS, ANSWERS = range(4)
@@ -220,7 +220,8 @@ def _settle(token: Ints, place: Ints) -> int:
     numbers[LINK_FREE_NS] = end_ns
     if queue[N_UNDER_WAY]:
         numbers[LINK_FREE_NS] += _link_busy_ns(token, end_ns)
-    took_ns = place[ANSWERED_NS] + end_ns - start_ns
+    place[SETTLED_NS] = end_ns - start_ns
+    took_ns = place[ANSWERED_NS] + place[SETTLED_NS]
     row[WALL_US] += took_ns * 1e-3
     row[OVERHEAD_US] += (took_ns - place[LANES_NS]) * 1e-3
     return answer

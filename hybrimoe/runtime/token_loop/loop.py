@@ -84,6 +84,13 @@ class TokenLoop:
         """The place at which the latest run has stopped."""
         return int(self._token[at_place.AT])
 
+    def times_us(self) -> npt.NDArray[np.float64]:
+        """float64 [3, places], of the latest token: what the device has waited for beside the CPU's experts, these, and
+        what came after the release."""
+        columns = self._places[:-1, [at_place.ANSWERED_NS, at_place.CPU_NS, at_place.SETTLED_NS]].T * 1e-3
+        columns[0] -= columns[1]
+        return np.asarray(columns)
+
     # What is written down ---------------------------------------------------------------------------------------
 
     def _write_down_what_stays(self) -> None:
