@@ -21,7 +21,7 @@ from gpu_kernels.driver.functions import (
     QUERY_STREAM,
     RECORD,
 )
-from tests.fake_device.streams import FakeEvent, FakeStream
+from tests.fake_device.streams import FakeEvent, FakeStream, ManualClock
 from tests.fake_device.tensors import DEVICE_ADDRESSES, DeviceTensor
 
 FAILED, LOST = 999, 719
@@ -98,7 +98,10 @@ class FakeDriver:
             self._cards.set_stream(before)
 
     def _query(self, what: int) -> int:
-        return 0 if self._named[what].query() else NOT_READY
+        asked = self._named[what]
+        if isinstance(asked, FakeStream) and isinstance(self._cards.clock, ManualClock):
+            self._cards.pause(asked, 0.0)  # who asks again and again lets the time go by
+        return 0 if asked.query() else NOT_READY
 
     def _record(self, event: int, stream: int) -> None:
         self._named[event].record(self._named[stream])
