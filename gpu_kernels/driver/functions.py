@@ -122,8 +122,9 @@ def driver_of(device: torch.device) -> Driver:
         raise DriverError(f"{SWITCH} switches it off")
     if device.type != "cuda" or torch.version.hip is not None:
         raise DriverError(f"only NVIDIA's driver is called by compiled code, this is {device}")
-    driver = CudaDriver(device)
-    try_out(driver, device)
+    with torch.accelerator.device_index(device.index):
+        driver = CudaDriver(device)
+        try_out(driver, device)
     return driver
 
 

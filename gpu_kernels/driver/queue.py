@@ -1,7 +1,8 @@
-"""Copies into slots and launches of graphs by compiled code, in the order rules of `gpu_kernels.accelerator`.
+"""Copies into slots and launches of graphs by compiled code. All is told by the address of one vector (`Queue.words`).
 
-A copy starts after every launch before it that reads slots, and a launch after the copies into the slots that it reads.
-Copies end in order; their entries are a ring. All is told by the address of one vector (`Queue.words`).
+A launch that reads slots comes after the copies into them (`await_slot`). A copy waits for no launch: who submits it
+has seen the end of every launch that read its slot (`has_ended`, for all that was launched before), and no later one
+reads it. Copies end in order; their entries are a ring.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ CAPACITY = 64
 """Copies under way at once; whoever has more waits for one in Python."""
 MOST_WRITTEN = 4096
 """Slots that are noted as written between two readings of `Queue.take_written`."""
-(COMPUTE, COPIES, SLOTS, STRIDE, READ_BY, READ_EVENT, FIRST, COUNT, ENTRIES, WRITTEN, N_WRITTEN, FAILED, MS,
- N_WORDS) = range(N_FUNCTIONS, N_FUNCTIONS + 14)  # fmt: skip
+(COMPUTE, COPIES, SLOTS, STRIDE, FIRST, COUNT, ENTRIES, WRITTEN, N_WRITTEN, FAILED, MS,
+ N_WORDS) = range(N_FUNCTIONS, N_FUNCTIONS + 12)  # fmt: skip
 """Places of `Queue.words` behind the driver's functions. COMPUTE, COPIES: streams; SLOTS, STRIDE: address of the first
-slot and bytes to the next. READ_BY: whether a launch reads slots that no copy has waited for yet. FIRST, COUNT: the
-oldest entry, and how many there are. FAILED: the driver's error number of a call that gave one. MS: a float32."""
+slot and bytes to the next. FIRST, COUNT: the oldest entry, and how many there are. FAILED: the driver's error number of
+a call that gave one. MS: a float32."""
 KEY, SLOT, START, END, SUBMITTED_NS, IS_TIMED, ENTRY_SIZE = range(7)
 """Places of an entry: the expert, its slot, events around its copy, when it was submitted, whether the time between the
 events is the copy's."""
@@ -114,15 +115,9 @@ def entry_of(queue: np.ndarray, number: Whole) -> np.ndarray:
 
 @inline_kernel
 def submit_copy(queue: np.ndarray, key: Whole, slot: Whole, source: Whole, n_bytes: Whole, now_ns: Whole) -> bool:
-    """Copies a record of the host into a slot, behind all copies before and every launch that read slots. There must be
+    """Copies a record of the host into a slot that nothing reads any more, behind all copies before. There must be
     room. False: as for `launch`."""
     copies = queue[COPIES]
-    if queue[READ_BY] != 0:
-        if not mark(queue, queue[READ_EVENT]):
-            return False
-        if not _is_done(queue, _call_three(queue[AWAIT], copies, queue[READ_EVENT], 0)):
-            return False
-        queue[READ_BY] = 0
     entry = entry_of(queue, queue[COUNT])
     if not _is_done(queue, _call_two(queue[RECORD], entry[START], copies)):
         return False
@@ -199,7 +194,6 @@ class Queue:
         words[[ENTRIES, WRITTEN]] = self.entries.ctypes.data, self._written.ctypes.data
         self._events: list[int] = []
         weakref.finalize(self, _free, driver, self._events).atexit = False
-        words[READ_EVENT] = self.new_event()
         for entry in self.entries:
             entry[START], entry[END] = self.new_event(), self.new_event()
         self.address = words.ctypes.data
@@ -210,14 +204,9 @@ class Queue:
         self._events.append(event)
         return event
 
-    def begin(self, compute: int, *, is_read: bool) -> None:
-        """From here on launches go to the stream `compute`, where slots may be read already."""
-        self.words[[COMPUTE, READ_BY]] = compute, is_read
-
-    @property
-    def is_read(self) -> bool:
-        """Whether launches read slots that no copy has waited for yet."""
-        return bool(self.words[READ_BY])
+    def begin(self, compute: int) -> None:
+        """From here on launches go to this stream."""
+        self.words[COMPUTE] = compute
 
     def take_over(self, key: int, slot: int) -> None:
         """A copy that others have submitted to the stream is under way, too, from now on behind all others; how long it

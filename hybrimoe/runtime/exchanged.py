@@ -9,12 +9,13 @@ import torch
 from cpu_kernels.engine.routed import FLOATS
 from gpu_kernels import TorchAccelerator
 from gpu_kernels.driver.functions import Driver, driver_of
+from gpu_kernels.errors import DriverError
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.graphs import Graph
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.startup.units import Unit
-from hybrimoe.runtime.token_loop.loop import NoLoopError, TokenLoop
+from hybrimoe.runtime.token_loop.loop import NoLoopError, TokenLoop, make_ready, require_loop
 
 Shape = tuple[int, int, int, torch.dtype, torch.dtype]
 """Tokens, experts of a token, width; dtypes of hidden states and of weights."""
@@ -77,12 +78,23 @@ class ExchangedExperts:
     def loop_over(self, graphs: Sequence[Graph], calls: Sequence[SentCall]) -> TokenLoop:
         """The compiled loop over recorded pieces and the calls between them. Raises NoLoopError or DriverError with the
         reason where Python runs between them."""
-        store, accelerator = self.runner.experts.store, self.accelerator
-        if accelerator.needs_pinned_host() and not torch.from_numpy(store.record(0, 0)).is_pinned():
-            raise NoLoopError("experts in host memory are not page-locked, so that copies need Python")
+        return TokenLoop(self.runner, self.accelerator, self._opened_driver(), graphs, calls)
+
+    def why_no_loop(self) -> str | None:
+        """Why Python runs between the pieces of steps, whatever they are; None where compiled code can, which is ready
+        then."""
+        try:
+            require_loop(self.runner, self.accelerator)
+            self._opened_driver()
+        except (NoLoopError, DriverError) as error:
+            return str(error)
+        make_ready()
+        return None
+
+    def _opened_driver(self) -> Driver:
         if self._driver is None:
-            self._driver = driver_of(accelerator.device)
-        return TokenLoop(self.runner, accelerator, self._driver, graphs, calls)
+            self._driver = driver_of(self.accelerator.device)
+        return self._driver
 
 
 def find_exchanged(runner: ExpertsCall, units: Sequence[Unit]) -> ExchangedExperts | None:

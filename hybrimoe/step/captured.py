@@ -320,6 +320,15 @@ class CapturedStep(ModelStep):
         self.captures += 1
         return pieces
 
+    def how_experts_are_called(self) -> str:
+        """Between the pieces of steps of one sequence: by compiled code, or by Python, and then why. What the first
+        step needs for that is ready."""
+        if self.session.resident() is not None:
+            return "which are part of the graphs while each has a slot"
+        within: ExchangedExperts | None = self.session.exchanged()
+        reason = "other lanes than one device's" if within is None else within.why_no_loop()
+        return "all run by one compiled call" if reason is None else f"run by Python: {reason}"
+
     def _loop_over(self, pieces: Pieces) -> None:
         """Gives pieces that send all their calls to the host the loop that runs them without Python, or the reason why
         they have none."""

@@ -24,7 +24,6 @@ from gpu_kernels.driver.queue import (
     IS_TIMED,
     KEY,
     N_WORDS,
-    READ_BY,
     SLOT,
     START,
     SUBMITTED_NS,
@@ -270,7 +269,6 @@ def _start_experts(token: Ints, place: Ints, n_active: int, n_arriving: int) -> 
         for i in range(plan[ACCEL, COUNT]):
             if not await_slot(queue, plan[PLAN_SLOT, plan[ACCEL, i]]):
                 return False
-    queue[READ_BY] = 1
     if not token[OBSERVING]:
         return launch(queue, place[EXPERTS])
     return mark(queue, place[BEGAN]) and launch(queue, place[EXPERTS]) and mark(queue, place[ENDED_AT])

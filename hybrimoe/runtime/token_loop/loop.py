@@ -12,6 +12,7 @@ from time import perf_counter_ns
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from cpu_kernels.backends.base import not_finite
 from cpu_kernels.backends.numba_backend import NumbaBackend, Sheet
@@ -60,6 +61,7 @@ class TokenLoop:
     ) -> None:  # fmt: skip
         self.runner, self.calls = runner, list(calls)
         self._accelerator, self._driver, self._graphs = accelerator, driver, list(graphs)
+        require_loop(runner, accelerator)
         self._backends = _backends_of(runner, self.calls)
         self._n_threads = max(backend.n_threads for backend in self._backends)
         self.n_tokens = self.n_begun = 0
@@ -75,8 +77,7 @@ class TokenLoop:
         self._desk: Desk | None = None
         self._observed = self._is_inside = False
         self._write_down_what_stays()
-        self._run = run_token
-        self._run(self._token.ctypes.data)  # compiles (or loads) it: there is no place yet
+        make_ready()
         self._run = straight(run_token)
 
     @property
@@ -105,7 +106,8 @@ class TokenLoop:
             place[[at_place.IDS_AT, at_place.WEIGHTS_AT, at_place.WEIGHTS_KIND]] = index, weights, weights_kind
             place[[at_place.TOP_K, at_place.HIDDEN_AT, at_place.HIDDEN_KIND]] = top_k, hidden, hidden_kind
             place[at_place.LAYER], place[at_place.OUT_ROWS] = call.layer, call.exchange.rows.ctypes.data
-            place[[at_place.BEGAN, at_place.ENDED_AT]] = self._queue.new_event(), self._queue.new_event()
+            with self._accelerator.current():
+                place[[at_place.BEGAN, at_place.ENDED_AT]] = self._queue.new_event(), self._queue.new_event()
         self._addresses = np.array([array.ctypes.data for array in experts.lanes.addresses], np.int64)
         self._record_bytes, rows = np.array(experts.record_bytes, np.int64), experts.stats.rows
         token[[at_place.QUEUE, at_place.PLACES]] = self._queue.address, self._places.ctypes.data
@@ -173,7 +175,8 @@ class TokenLoop:
             return None
         self._enter(at, launched)
         try:
-            return self._go_on()
+            with self._accelerator.current():
+                return self._go_on()
         finally:
             self.pieces_ns = int(self._numbers[at_place.PIECES_NS])
             self._leave()
@@ -340,10 +343,27 @@ class TokenLoop:
         return float(milliseconds[0]) * 1e3
 
 
-def _backends_of(runner: ExpertsCall, calls: Sequence[SentCall]) -> list[NumbaBackend]:
-    """What computes the CPU's experts of each call. Raises NoLoopError where compiled code cannot run the calls."""
+def make_ready() -> None:
+    """Compiles (or loads from the cache) what the first token would otherwise wait for: here there is no place."""
+    token = np.zeros(at_place.TOKEN_SIZE, np.int64)
+    token[at_place.STAGE] = at_place.OWING
+    run_token(token.ctypes.data)
+
+
+def require_loop(runner: ExpertsCall, accelerator: TorchAccelerator) -> None:
+    """Raises NoLoopError where no token of a session can be a compiled loop."""
     if runner.at_once is None:
-        raise NoLoopError("the policy decides in Python, only `ours` is compiled")
+        raise NoLoopError("only policy `ours` decides in compiled code")
+    if not all(isinstance(layer.backend, NumbaBackend) for layer in runner.layers):
+        raise NoLoopError("the CPU's experts are not computed by the numba backend")
+    if accelerator.needs_pinned_host() and not torch.from_numpy(runner.experts.store.record(0, 0)).is_pinned():
+        raise NoLoopError("experts in host memory are not page-locked, so that Python copies them")
+    if not library_functions()[CLOCK]:
+        raise NoLoopError("this system has no clock for compiled code")
+
+
+def _backends_of(runner: ExpertsCall, calls: Sequence[SentCall]) -> list[NumbaBackend]:
+    """What computes the CPU's experts of each call. Raises NoLoopError where these calls cannot be a compiled loop."""
     if not calls or any(call.exchange.places is None for call in calls):
         raise NoLoopError("its calls of experts have tensors that compiled code does not read")
     if any(len(call.ids) != 1 for call in calls):
@@ -351,10 +371,5 @@ def _backends_of(runner: ExpertsCall, calls: Sequence[SentCall]) -> list[NumbaBa
     layers = [call.layer for call in calls]
     if any(after <= before for before, after in pairwise(layers)):
         raise NoLoopError("it calls a layer's experts more than once")
-    if not library_functions()[CLOCK]:
-        raise NoLoopError("this system has no clock for compiled code")
-    backends = [runner.layers[layer].backend for layer in layers]
-    found = [backend for backend in backends if isinstance(backend, NumbaBackend)]
-    if len(found) < len(backends):
-        raise NoLoopError("the CPU's experts are not computed by the numba backend")
-    return found
+    backends = (runner.layers[layer].backend for layer in layers)
+    return [backend for backend in backends if isinstance(backend, NumbaBackend)]
