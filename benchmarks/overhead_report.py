@@ -25,7 +25,9 @@ Which number matters to whom:
 - On the CPU alone, of a model that is understood, the whole decode step is one compiled call, and none of these
   numbers counts: see [a compiled step](#a-compiled-step). The line "CPU only" is for models of which only the experts
   are known.
-- With slots on a device whose steps are captured, "sent by a card": the card waits for `bookkeeping`.
+- On an NVIDIA card with policy `ours`, "a token without Python": all layers of a token are one compiled call
+  ([how a decode step runs](config.md#cpustep)), and the card waits for `bookkeeping`.
+- With slots and another policy on a device whose steps are captured, "sent by a card": likewise.
 - With slots elsewhere, and in tests, the line of the emulated accelerator.
 
 Kernels and waiting are wall time of the calling thread, everything else is its CPU time, so that what the threads of

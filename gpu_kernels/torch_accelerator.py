@@ -307,7 +307,7 @@ class TorchAccelerator:
         """From here on compiled code submits, on the current stream and that of copies, behind all that was; before its
         first copy it has seen the end of all that was launched on the former."""
         if self._copy_stream is None:
-            return
+            return  # a host does all at once
         stream = torch.accelerator.current_stream(self.device)
         for reader in self._events.take_reads():
             if isinstance(reader, DeviceEvent):

@@ -131,7 +131,8 @@ def driver_of(device: torch.device) -> Driver:
 def try_out(driver: Driver, device: torch.device) -> None:
     """Copies some bytes and asks for the end by the driver's functions. Raises DriverError where that gives something
     else than torch does, and LostError where it does not end."""
-    sent = torch.arange(TRIAL_BYTES, dtype=torch.int64).to(torch.uint8).pin_memory()
+    sent = torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
+    sent.copy_(torch.arange(TRIAL_BYTES) % 251)
     landed = torch.zeros(TRIAL_BYTES, dtype=torch.uint8, device=device)
     stream, events = torch.Stream(device), [driver.new_event(), driver.new_event()]
     stream.wait_stream(torch.accelerator.current_stream(device))

@@ -8,16 +8,12 @@ reads it. Copies end in order; their entries are a ring.
 from __future__ import annotations
 
 import weakref
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from cpu_kernels.jit.compiled import Whole, inline_kernel
-from cpu_kernels.jit.primitives import floats_at, int64s_at
+from cpu_kernels.jit.primitives import call_c_four, call_c_one, call_c_three, call_c_two, floats_at, int64s_at
 from gpu_kernels.driver.functions import (
     AWAIT,
     COPY,
@@ -45,39 +41,6 @@ KEY, SLOT, START, END, SUBMITTED_NS, IS_TIMED, ENTRY_SIZE = range(7)
 """Places of an entry: the expert, its slot, events around its copy, when it was submitted, whether the time between the
 events is the copy's."""
 
-_I64, _I32 = ir.IntType(64), ir.IntType(32)
-
-
-def _driver_call(n_arguments: int) -> Any:
-    """Signature and code of a driver's function by address: an address, then n_arguments int64; its error number."""
-
-    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(_I32, [_I64] * n_arguments)
-        found = builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:])
-        return builder.sext(found, _I64)
-
-    return types.int64(*[types.int64] * (n_arguments + 1)), code
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _call_one(typingctx: Any, function: Any, a: Any) -> Any:
-    return _driver_call(1)
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _call_two(typingctx: Any, function: Any, a: Any, b: Any) -> Any:
-    return _driver_call(2)
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _call_three(typingctx: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
-    return _driver_call(3)
-
-
-@intrinsic  # type: ignore[untyped-decorator, unused-ignore]
-def _call_four(typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
-    return _driver_call(4)
-
 
 @inline_kernel
 def _is_done(queue: np.ndarray, code: Whole) -> bool:
@@ -90,20 +53,20 @@ def _is_done(queue: np.ndarray, code: Whole) -> bool:
 @inline_kernel
 def launch(queue: np.ndarray, graph: Whole) -> bool:
     """Launches a graph on the compute stream. False: the driver has refused, and says why in FAILED."""
-    return _is_done(queue, _call_two(queue[LAUNCH], graph, queue[COMPUTE]))
+    return _is_done(queue, call_c_two(queue[LAUNCH], graph, queue[COMPUTE]))
 
 
 @inline_kernel
 def has_ended(queue: np.ndarray) -> bool:
     """Whether the compute stream has done everything. False also where the driver has failed (FAILED)."""
-    code = _call_one(queue[QUERY_STREAM], queue[COMPUTE])
+    code = call_c_one(queue[QUERY_STREAM], queue[COMPUTE])
     return False if code == NOT_READY else _is_done(queue, code)
 
 
 @inline_kernel
 def mark(queue: np.ndarray, event: Whole) -> bool:
     """Records an event on the compute stream."""
-    return _is_done(queue, _call_two(queue[RECORD], event, queue[COMPUTE]))
+    return _is_done(queue, call_c_two(queue[RECORD], event, queue[COMPUTE]))
 
 
 @inline_kernel
@@ -119,12 +82,12 @@ def submit_copy(queue: np.ndarray, key: Whole, slot: Whole, source: Whole, n_byt
     room. False: as for `launch`."""
     copies = queue[COPIES]
     entry = entry_of(queue, queue[COUNT])
-    if not _is_done(queue, _call_two(queue[RECORD], entry[START], copies)):
+    if not _is_done(queue, call_c_two(queue[RECORD], entry[START], copies)):
         return False
     target = queue[SLOTS] + slot * queue[STRIDE]
-    if not _is_done(queue, _call_four(queue[COPY], target, source, n_bytes, copies)):
+    if not _is_done(queue, call_c_four(queue[COPY], target, source, n_bytes, copies)):
         return False
-    if not _is_done(queue, _call_two(queue[RECORD], entry[END], copies)):
+    if not _is_done(queue, call_c_two(queue[RECORD], entry[END], copies)):
         return False
     entry[KEY], entry[SLOT], entry[SUBMITTED_NS], entry[IS_TIMED] = key, slot, now_ns, 1
     queue[COUNT] += 1
@@ -139,7 +102,7 @@ def await_slot(queue: np.ndarray, slot: Whole) -> bool:
     """What follows on the compute stream waits for the copy into a slot, if one is under way."""
     for number in range(queue[COUNT]):
         entry = entry_of(queue, number)
-        if entry[SLOT] == slot and not _is_done(queue, _call_three(queue[AWAIT], queue[COMPUTE], entry[END], 0)):
+        if entry[SLOT] == slot and not _is_done(queue, call_c_three(queue[AWAIT], queue[COMPUTE], entry[END], 0)):
             return False
     return True
 
@@ -149,20 +112,20 @@ def oldest_has_ended(queue: np.ndarray) -> bool:
     """Whether the oldest copy under way has ended; it is dropped by `drop_oldest`."""
     if queue[COUNT] == 0:
         return False
-    code = _call_one(queue[QUERY], entry_of(queue, 0)[END])
+    code = call_c_one(queue[QUERY], entry_of(queue, 0)[END])
     return False if code == NOT_READY else _is_done(queue, code)
 
 
 @inline_kernel
 def oldest_has_begun(queue: np.ndarray) -> bool:
     """Whether the oldest copy under way has begun."""
-    return bool(_call_one(queue[QUERY], entry_of(queue, 0)[START]) == 0)
+    return bool(call_c_one(queue[QUERY], entry_of(queue, 0)[START]) == 0)
 
 
 @inline_kernel
 def took_us(queue: np.ndarray, start: Whole, end: Whole) -> float:
     """us between two events that have passed; 0 where the driver does not know."""
-    code = _call_three(queue[ELAPSED], queue.ctypes.data + 8 * MS, start, end)
+    code = call_c_three(queue[ELAPSED], queue.ctypes.data + 8 * MS, start, end)
     return 1e3 * float(floats_at(queue.ctypes.data + 8 * MS, 1)[0]) if code == 0 else 0.0
 
 

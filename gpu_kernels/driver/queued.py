@@ -19,12 +19,12 @@ class QueuedCopy(DeviceEvent):
     Where torch's streams are to wait for it, they wait for all copies that were submitted before they are told so.
     """
 
-    __slots__ = ("_device", "_entry", "_late", "_queue", "_span_us", "_stream")
+    __slots__ = ("_device", "_late", "_span_us", "_stream", "entry", "queue")
 
     def __init__(self, queue: Queue, number: int, device: torch.device, stream: torch.Stream | None) -> None:
         """number: of the entry, behind the oldest. stream: of copies; None on the host."""
         entry = queue.under_way()[number]
-        self._queue, self._entry, self._device, self._stream = queue, entry, device, stream
+        self.queue, self.entry, self._device, self._stream = queue, entry, device, stream
         self._late: torch.Event | None = None
         self._span_us: tuple[float, float] | None = None
 
@@ -36,9 +36,9 @@ class QueuedCopy(DeviceEvent):
         if not self._has_passed(END):
             return False
         end_us, milliseconds = clock_us(), np.zeros(1, np.float32)
-        if self._entry[IS_TIMED]:
-            start, end = int(self._entry[START]), int(self._entry[END])
-            self._queue.driver.call(ELAPSED, milliseconds.ctypes.data, start, end)
+        if self.entry[IS_TIMED]:
+            start, end = int(self.entry[START]), int(self.entry[END])
+            self.queue.driver.call(ELAPSED, milliseconds.ctypes.data, start, end)
         self._span_us = end_us - float(milliseconds[0]) * 1e3, end_us
         return True
 
@@ -64,11 +64,11 @@ class QueuedCopy(DeviceEvent):
         if self.ended:
             assert self._span_us is not None
             return self._span_us
-        return (float(self._entry[SUBMITTED_NS]) * 1e-3 if self._has_passed(START) else 0.0), 0.0
+        return (float(self.entry[SUBMITTED_NS]) * 1e-3 if self._has_passed(START) else 0.0), 0.0
 
     def _has_passed(self, event: int) -> bool:
-        driver = self._queue.driver
-        code = driver.call(QUERY, int(self._entry[event]))
+        driver = self.queue.driver
+        code = driver.call(QUERY, int(self.entry[event]))
         if code not in (0, NOT_READY):
             raise limit_of(self._device).failed(DriverError(driver.told(code)))
         return code == 0

@@ -284,11 +284,15 @@ class LoopContender(SentContender):
         """All layers of all steps. Returns the us of the steps."""
         return sum(self.us_of_step(step) for step in steps)
 
+    def bring(self, layer: int, call: Call) -> None:
+        """The piece before a layer sends these tensors, whenever it is launched."""
+        for place, tensor in zip(self._brought[layer], call, strict=True):
+            place.copy_(tensor)
+
     def us_of_step(self, step: list[Call]) -> float:
         """One step, by the loop, or layer by layer where that cannot begin yet."""
-        for brought, call in zip(self._brought, step, strict=True):
-            for place, tensor in zip(brought, call, strict=True):
-                place.copy_(tensor)
+        for layer, call in enumerate(step):
+            self.bring(layer, call)
         self.session.announce_step("decode")
         start_ns = time.perf_counter_ns()
         stop = self.session.run_token(self.loop, 0, launched=False)

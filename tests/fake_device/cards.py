@@ -26,6 +26,7 @@ import gpu_kernels.waiting
 import hybrimoe.config.values
 import hybrimoe.runtime.exchanged
 import hybrimoe.runtime.startup.budget
+from gpu_kernels.driver.queued import QueuedCopy
 from gpu_kernels.waiting import WaitLimit
 from tests.fake_device.driver import FakeDriver
 from tests.fake_device.fused import StreamedKernels
@@ -176,9 +177,13 @@ class Cards:
         assert us < math.inf, f"{_asker()} waits for ever: {device} hangs"
         self.clock.wait_until(us)
 
-    def pause(self, awaited: FakeStream | FakeEvent, seconds: float) -> None:
+    def pause(self, awaited: FakeStream | FakeEvent | QueuedCopy, seconds: float) -> None:
         """Stands for `gpu_kernels.waiting.pause`: where the time does not go by itself, it goes on to the awaited
         end."""
+        if isinstance(awaited, QueuedCopy):
+            driver = awaited.queue.driver
+            assert isinstance(driver, FakeDriver)
+            awaited = driver.end_of(awaited)
         end_us = awaited.end_us if isinstance(awaited, FakeStream) else awaited.at_us
         if isinstance(self.clock, ManualClock) and end_us < math.inf:
             self.clock.wait_until(end_us)

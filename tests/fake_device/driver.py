@@ -21,6 +21,8 @@ from gpu_kernels.driver.functions import (
     QUERY_STREAM,
     RECORD,
 )
+from gpu_kernels.driver.queue import END
+from gpu_kernels.driver.queued import QueuedCopy
 from tests.fake_device.streams import FakeEvent, FakeStream, ManualClock
 from tests.fake_device.tensors import DEVICE_ADDRESSES, DeviceTensor
 
@@ -71,6 +73,11 @@ class FakeDriver:
     def told(self, code: int) -> str:
         """As `Driver.told`."""
         return f"{self.error} (error {code} of the driver)"
+
+    def end_of(self, copied: QueuedCopy) -> FakeEvent:
+        """The event behind a copy."""
+        event: FakeEvent = self._named[int(copied.entry[END])]
+        return event
 
     def _name(self, what: Any) -> int:
         self._named[id(what)] = what

@@ -181,12 +181,12 @@ def make_ready() -> None:
 class Slate:
     """What `read_and_choose` works on, of one layer's space, at `address`, and its answers.
 
-    shape: tokens of its calls, and experts of a token; they are sent by `exchange` or not. inputs, rows float32 [T, H],
-    [T * top_k, H]: hidden states and result rows on the host.
+    desk: None where nothing has a slot. shape: tokens of its calls, and experts of a token; they are sent by `exchange`
+    or not. inputs, rows float32 [T, H], [T * top_k, H]: hidden states and result rows on the host.
     """
 
     def __init__(
-        self, space: CallSpace, desk: Desk, addresses: npt.NDArray[np.uint64], shape: tuple[int, int],
+        self, space: CallSpace, desk: Desk | None, addresses: npt.NDArray[np.uint64], shape: tuple[int, int],
         exchange: Exchange | None, inputs: Singles, rows: Singles, stats: StatsRecorder,
         record_bytes: npt.NDArray[np.int64],
     ) -> None:  # fmt: skip
@@ -198,10 +198,12 @@ class Slate:
         self._kept: dict[int, npt.NDArray[Any]] = {
             HOST_HIDDEN: inputs, ROUTING: buffers.weights, COUNTS: buffers.counts, EXPERT_IDS: buffers.expert_ids,
             OFFSETS: buffers.offsets, PAIR_ROWS: buffers.rows, USES: routing_counts, TOKENS: tokens, SCORES: scores,
-            FOUND: space.found, DESK: desk.words, ADDRESSES: addresses, POSITIONS: space.positions,
+            FOUND: space.found, ADDRESSES: addresses, POSITIONS: space.positions,
             RECORDS: space.records, RECORD_BYTES: record_bytes, TALLIES: stats.rows, ISSUED: stats.issued,
             IDLE_US: np.zeros(1),
         }  # fmt: skip
+        if desk is not None:
+            self._kept[DESK] = desk.words
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
             words[place] = array.ctypes.data
@@ -212,6 +214,19 @@ class Slate:
         self._words, self.address = words, words.ctypes.data
 
 
+def new_slate(
+    experts: Experts, space: CallSpace, desk: Desk | None, shape: tuple[int, int], exchange: Exchange | None
+) -> Slate:
+    """What calls of a layer of one shape (tokens, experts of a token) are read and decided on."""
+    n_tokens, top_k = shape
+    space.room_for(n_tokens * top_k)
+    memory = experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
+    record_bytes = np.array(experts.record_bytes, np.int64)
+    return Slate(
+        space, desk, experts.lanes.addresses[space.index], shape, exchange, *memory, experts.stats, record_bytes
+    )
+
+
 class AtOnce:
     """Plans calls of few tokens of all layers by `read_and_choose`."""
 
@@ -220,7 +235,6 @@ class AtOnce:
         n_layers = len(experts.layers)
         self.read_and_choose, self.settle_call = read_and_choose, settle_call
         assert experts.stats.issued.size == n_layers * planner.n_experts
-        self._record_bytes = np.array(experts.record_bytes, np.int64)
         self.slates: list[Slate | None] = [None] * n_layers
         """Each layer's, of its latest call that was decided so."""
         self.foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
@@ -253,7 +267,9 @@ class AtOnce:
         slate = self.slates[index]
         known = slate is not None and slate.desk is desk and slate.buffers is space.buffers
         if slate is None or not known or slate.exchange is not exchange or slate.shape != (n_tokens, top_k):
-            slate = self.slates[index] = self.new_slate(space, desk, (n_tokens, top_k), exchange)
+            if self.read_and_choose is read_and_choose:
+                self.read_and_choose, self.settle_call = straight(read_and_choose), straight(settle_call)
+            slate = self.slates[index] = new_slate(self.experts, space, desk, (n_tokens, top_k), exchange)
         ahead = self._ahead[index] if self._ahead_of[index] == self.experts.step else NOTHING_AHEAD
         predictions, given_at, scores_at, n_given = ahead
         use, choice = model.use, slate.choice
@@ -368,13 +384,3 @@ class AtOnce:
                     addresses = ids.ctypes.data, scores.ctypes.data
                     self._ahead[index + 1] = (prediction,), *addresses, ids.size
                 self._ahead_of[index + 1] = self.experts.step
-
-    def new_slate(self, space: CallSpace, desk: Desk, shape: tuple[int, int], exchange: Exchange | None) -> Slate:
-        """What calls of a layer of one shape (tokens, experts of a token) are read and decided on."""
-        n_tokens, top_k = shape
-        if self.read_and_choose is read_and_choose:
-            self.read_and_choose, self.settle_call = straight(read_and_choose), straight(settle_call)
-        space.room_for(n_tokens * top_k)
-        memory = self.experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
-        addresses, stats = self.experts.lanes.addresses[space.index], self.experts.stats
-        return Slate(space, desk, addresses, shape, exchange, *memory, stats, self._record_bytes)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from cpu_kernels.engine.routed import run_some
+from cpu_kernels.engine.routed import read_call, run_some
 from cpu_kernels.engine.waiting import now_ns
 from cpu_kernels.jit.atomics import pause
 from cpu_kernels.jit.compiled import inline_kernel
@@ -39,7 +39,9 @@ from gpu_kernels.driver.queue import (
     submit_copy,
     took_us,
 )
+from hybrimoe.runtime.layer_call.choosing import ADDRESSES as ADDRESSES_OF_LAYER
 from hybrimoe.runtime.layer_call.choosing import (
+    COUNTS,
     DESK,
     EXPERT_IDS,
     HOST_HIDDEN,
@@ -53,8 +55,20 @@ from hybrimoe.runtime.layer_call.choosing import (
     read_and_choose,
     settle_call,
 )
+from hybrimoe.runtime.layer_call.choosing import N_EXPERTS as N_OF_LAYER
 from hybrimoe.runtime.layer_call.compiled import predict_token, without_gil
-from hybrimoe.runtime.layer_call.tallies import CPU_US, LINK_US, N_TALLIES, OVERHEAD_US, WALL_US
+from hybrimoe.runtime.layer_call.tallies import (
+    ACTIVATED,
+    CALLS,
+    CPU_EXPERTS,
+    CPU_US,
+    LINK_US,
+    MISSES,
+    N_TALLIES,
+    OVERHEAD_US,
+    TOKENS,
+    WALL_US,
+)
 from scheduler.balancing.problem import ACCEL, COUNT, TRANSFER
 from scheduler.planner.at_once import (
     DESK_SIZE,
@@ -80,21 +94,22 @@ Ints = npt.NDArray[np.int64]
 (QUEUE, PLACES, N_PLACES, AT, STAGE, OWES, DESK_AT, NOW, RUN, FIRST_ROW, TALLIES, N_ROWS, ADDRESSES, RECORD_BYTES,
  OBSERVING, N_MOVED, NUMBERS, GATES, N_ACTIVE, N_AWAITED, BAD, TOKEN_SIZE) = range(22)  # fmt: skip
 """Places of a token int64[TOKEN_SIZE]. AT, STAGE: where it goes on. OWES: whether the place before AT has left
-something to do. FIRST_ROW: of the counters of layer 0. ADDRESSES: of each layer's records. OBSERVING: whether this
-token's times correct the costs. N_MOVED: transfers started. BAD: a slot, or a token whose hidden state is not finite,
-as the answer says. N_ACTIVE, N_AWAITED: of the latest decision."""
+something to do. DESK_AT: what decides; 0 where nothing has a slot. FIRST_ROW: of the counters of layer 0. ADDRESSES: of
+each layer's records. OBSERVING: whether this token's times correct the costs. N_MOVED: transfers started. BAD: a slot,
+or a token whose hidden state is not finite, as the answer says. N_ACTIVE, N_AWAITED: of the latest decision."""
 HORIZON, LINK_FREE_NS, PIECES_NS, BUSY_NS, N_NUMBERS = range(5)
 """Places of NUMBERS float64[N_NUMBERS]. LINK_FREE_NS: when the copies under way will have ended. PIECES_NS: in which
 the host was busy with pieces, or waited for one. BUSY_NS: for how long the loop waits before Python does."""
 (GRAPH, EXPERTS, SLATE, IDS_AT, WEIGHTS_AT, WEIGHTS_KIND, TOP_K, HIDDEN_AT, HIDDEN_KIND, LAYER, LAUNCH_NS, SHEET,
- OUT_ROWS, GIVEN, SCORES, N_GIVEN, IS_TOLD, TARGET, TARGET_IDS, TARGET_SCORES, N_TARGET, BEGAN, ENDED_AT, N_CPU,
- N_ACCEL, CPU_NS, SHARE, ANSWERED_NS, LANES_NS, SETTLED_NS, PLACE_SIZE) = range(31)  # fmt: skip
+ OUT_ROWS, SOURCE_AT, GIVEN, SCORES, N_GIVEN, IS_TOLD, TARGET, TARGET_IDS, TARGET_SCORES, N_TARGET, BEGAN, ENDED_AT,
+ N_CPU, N_ACCEL, CPU_NS, SHARE, ANSWERED_NS, LANES_NS, SETTLED_NS, PLACE_SIZE) = range(32)  # fmt: skip
 """Places of a place int64[PLACE_SIZE]: graphs of the piece before it and of its experts; the `Slate`; where the call's
-tensors lie (`Places`); LAUNCH_NS: until the device's first expert runs; SHEET, OUT_ROWS: of the CPU's experts; GIVEN,
-SCORES, N_GIVEN, IS_TOLD: what the gates foretell for its decision, and whether they have; TARGET and the next: what it
-foretells for the place behind it (N_TARGET 0: nothing). Of the latest token: events BEGAN and ENDED_AT around the
-device's experts, N_CPU, N_ACCEL experts, CPU_NS for the former, the plan's link SHARE in millionths, what the answer
-took, its lanes of that, and what came after it."""
+tensors lie (`Places`); LAUNCH_NS: until the device's first expert runs; SHEET, OUT_ROWS, SOURCE_AT: of the CPU's
+experts, where their rows go, and where the device is told which are theirs; GIVEN, SCORES, N_GIVEN, IS_TOLD: what the
+gates foretell for its decision, and whether they have; TARGET and the next: what it foretells for the place behind it
+(N_TARGET 0: nothing). Of the latest token: events BEGAN and ENDED_AT around the device's experts, N_CPU, N_ACCEL
+experts, CPU_NS for the former, the plan's link SHARE in millionths, what the answer took, its lanes of that, and what
+came after it."""
 HALVES, BIAS, CORRECTION, CORRECTED, SCORING, N_GATES, N_GATED, GATE_WIDTH, GATES_SIZE = range(9)
 """Places of GATES int64[GATES_SIZE]: a `GateStack`."""
 LAUNCHES, OWING, WAITS, ANSWERS = range(4)
@@ -198,29 +213,38 @@ def _end_layer(token: Ints, place: Ints) -> int:
 
 
 @inline_kernel
-def _settle(token: Ints, place: Ints) -> int:
-    """What nobody waits for once a call is answered: gates foretell, experts of later layers are fetched, what has
-    ended is learnt from and counted, as `ExpertsCall.settle` does."""
-    start_ns, queue, numbers = now_ns(), _queue(token), floats_at(token[NUMBERS], N_NUMBERS)
+def _learn(token: Ints, place: Ints) -> int:
+    """Gates foretell, experts of later layers are fetched, what has ended is learnt from and counted, as
+    `ExpertsCall.settle` does."""
+    queue, numbers = _queue(token), floats_at(token[NUMBERS], N_NUMBERS)
     if place[N_TARGET]:
         _foretell(token, place)
-    row = floats_at(token[TALLIES], (token[N_ROWS], N_TALLIES))[token[FIRST_ROW] + place[LAYER]]
     n_fetched = settle_call(place[SLATE], token[FIRST_ROW] + place[LAYER])
     token[N_MOVED] += n_fetched
     fetched = ints_at(int64s_at(token[DESK_AT], DESK_SIZE)[FETCHED], (3, MAX_PREFETCHES))
     for i in range(n_fetched):
         if not _copy(token, fetched[FETCHED_KEY, i], fetched[FETCHED_SLOT, i]):
             return REFUSED
-    row[CPU_US] += place[CPU_NS] * 1e-3
     if not _land(token):
         return REFUSED
     answer = _end_layer(token, place)
-    end_ns = now_ns()
-    numbers[LINK_FREE_NS] = end_ns
+    now = now_ns()
+    numbers[LINK_FREE_NS] = now
     if queue[N_UNDER_WAY]:
-        numbers[LINK_FREE_NS] += _link_busy_ns(token, end_ns)
-    place[SETTLED_NS] = end_ns - start_ns
+        numbers[LINK_FREE_NS] += _link_busy_ns(token, now)
+    return answer
+
+
+@inline_kernel
+def _settle(token: Ints, place: Ints) -> int:
+    """What nobody waits for once a call is answered."""
+    start_ns, answer = now_ns(), GOES_ON
+    if token[DESK_AT] != 0:
+        answer = _learn(token, place)
+    row = floats_at(token[TALLIES], (token[N_ROWS], N_TALLIES))[token[FIRST_ROW] + place[LAYER]]
+    place[SETTLED_NS] = now_ns() - start_ns
     took_ns = place[ANSWERED_NS] + place[SETTLED_NS]
+    row[CPU_US] += place[CPU_NS] * 1e-3
     row[WALL_US] += took_ns * 1e-3
     row[OVERHEAD_US] += (took_ns - place[LANES_NS]) * 1e-3
     return answer
@@ -289,7 +313,44 @@ def _run_on_cpu(token: Ints, place: Ints, n_active: int, n_cpu: int) -> bool:
 
 
 @inline_kernel
-def _answer(token: Ints, place: Ints) -> int:
+def _answer_alone(token: Ints, place: Ints) -> int:
+    """A call of experts of which none has a slot: the CPU computes all."""
+    start_ns, top_k = now_ns(), place[TOP_K]
+    slate = int64s_at(place[SLATE], SLATE_SIZE)
+    n_experts = slate[N_OF_LAYER]
+    ids, offsets, rows = int32s_at(slate[EXPERT_IDS], top_k), int32s_at(slate[OFFSETS], top_k + 1), slate[PAIR_ROWS]
+    n_active = read_call(
+        place[IDS_AT], place[WEIGHTS_AT], place[WEIGHTS_KIND], int(np.int64(1)), top_k, place[HIDDEN_AT],
+        place[HIDDEN_KIND], singles_at(slate[HOST_HIDDEN], slate[WIDTH]), singles_at(slate[ROUTING], top_k),
+        int32s_at(slate[COUNTS], n_experts), ids, offsets, int32s_at(rows, top_k),
+    )  # fmt: skip
+    if n_active <= 0:
+        return IN_PYTHON
+    positions, records = int32s_at(slate[POSITIONS], n_active), int64s_at(slate[RECORDS], n_active)
+    addresses, source = int64s_at(slate[ADDRESSES_OF_LAYER], n_experts), int32s_at(place[SOURCE_AT], top_k)
+    for i in range(n_active):
+        positions[i], records[i] = i, addresses[ids[i]]
+    source[:] = top_k
+    present = int32s_at(rows, offsets[n_active])
+    for i in range(present.size):
+        source[present[i]] = present[i]
+    cpu_ns = now_ns()
+    if not _run_on_cpu(token, place, n_active, n_active):
+        return NOT_FINITE
+    end_ns = now_ns()
+    row = floats_at(token[TALLIES], (token[N_ROWS], N_TALLIES))[token[FIRST_ROW] + place[LAYER]]
+    row[CALLS] += 1.0
+    row[TOKENS] += 1.0
+    row[ACTIVATED] += n_active
+    row[MISSES] += n_active
+    row[CPU_EXPERTS] += n_active
+    place[CPU_NS] = place[LANES_NS] = end_ns - cpu_ns
+    place[ANSWERED_NS] = end_ns - start_ns
+    return GOES_ON
+
+
+@inline_kernel
+def _answer_with_slots(token: Ints, place: Ints) -> int:
     """The call of experts: decided, its copies and the device's experts started, the CPU's computed."""
     start_ns, queue, numbers = now_ns(), _queue(token), floats_at(token[NUMBERS], N_NUMBERS)
     if not has_room(queue, place[TOP_K] + MAX_PREFETCHES):
@@ -318,8 +379,16 @@ def _answer(token: Ints, place: Ints) -> int:
     end_ns = now_ns()
     place[CPU_NS], place[LANES_NS] = end_ns - cpu_ns, end_ns - lanes_ns
     place[ANSWERED_NS] = end_ns - start_ns
-    token[AT], token[STAGE], token[OWES] = token[AT] + 1, LAUNCHES, 1
     return GOES_ON
+
+
+@inline_kernel
+def _answer(token: Ints, place: Ints) -> int:
+    """The call of experts."""
+    answer = _answer_alone(token, place) if token[DESK_AT] == 0 else _answer_with_slots(token, place)
+    if answer == GOES_ON:
+        token[AT], token[STAGE], token[OWES] = token[AT] + 1, LAUNCHES, 1
+    return answer
 
 
 @without_gil

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 import hybrimoe.runtime.layer_call.call
 import hybrimoe.runtime.layer_call.lanes
 import hybrimoe.runtime.layer_call.reports
-import hybrimoe.runtime.token_loop.loop
+import hybrimoe.runtime.token_loop.hand_over
 from cpu_kernels.engine.waiting import CLOCK, MEMORY
 from cpu_kernels.jit.primitives import int64s_at
 from gpu_kernels import LostError
@@ -147,7 +147,7 @@ def still(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (hybrimoe.runtime.layer_call.call, hybrimoe.runtime.layer_call.lanes):
         monkeypatch.setattr(module, "perf_counter_ns", lambda: FROZEN_NS)
     for module in (
-        hybrimoe.runtime.layer_call.reports, hybrimoe.runtime.layer_call.lanes, hybrimoe.runtime.token_loop.loop,
+        hybrimoe.runtime.layer_call.reports, hybrimoe.runtime.layer_call.lanes, hybrimoe.runtime.token_loop.hand_over,
     ):  # fmt: skip
         monkeypatch.setattr(module, "OBSERVE_EVERY", UNWATCHED)
     monkeypatch.setattr(TransferQueue, "busy_us", _whole_copies_us)
@@ -229,6 +229,19 @@ def test_costs_are_corrected_and_counters_count(run: Callable[..., Run], expecte
     assert (drift != 1.0).all(), "of CPU, accelerator and link"
 
 
+def test_without_slots_the_loop_computes_all_on_the_cpu(run: Callable[..., Run], expected: list[int]) -> None:
+    with fake_cards(1) as cards:
+        found = run(cards, gpu_expert_slots=0)
+        assert found.tokens == expected
+        assert found.loop.n_tokens == found.loop.n_begun == STEPS
+        assert found.driver.calls[LAUNCH] == STEPS * (N_LAYERS + 1)
+        assert found.driver.calls[COPY] == 0
+    total = found.stats.by_phase["decode"]
+    assert (total.calls, total.tokens, total.activated) == (STEPS * N_LAYERS, STEPS * N_LAYERS, 2 * STEPS * N_LAYERS)
+    assert total.cpu_experts == total.misses == total.activated
+    assert min(total.cpu_us, total.wall_us, total.overhead_us) > 0
+
+
 def test_python_takes_over_between_tokens_and_within(
     run: Callable[..., Run], still: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,7 +270,7 @@ def test_python_takes_over_between_tokens_and_within(
 def test_more_copies_than_the_loop_follows_are_pythons(
     run: Callable[..., Run], expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("hybrimoe.runtime.token_loop.loop.MOST_TAKEN_OVER", -1)
+    monkeypatch.setattr("hybrimoe.runtime.token_loop.hand_over.MOST_TAKEN_OVER", -1)
     with fake_cards(1) as cards:
         found = run(cards)
         assert found.tokens == expected
@@ -368,6 +381,7 @@ def test_what_the_driver_refuses_is_told(
     [
         ({"policy": "hybrimoe"}, "only policy `ours` decides in compiled code"),
         ({"backend": "torch"}, "not computed by the numba backend"),
+        ({"backend": "torch", "gpu_expert_slots": 0}, "not computed by the numba backend"),
     ],
 )
 def test_why_there_is_no_loop_is_told(run: Callable[..., Run], options: dict[str, Any], reason: str) -> None:
