@@ -28,7 +28,7 @@ class ExchangedExperts:
     def __init__(self, runner: ExpertsCall, accelerator: TorchAccelerator) -> None:
         self.runner, self.accelerator = runner, accelerator
         self._exchanges: dict[Shape, Exchange] = {}
-        self._driver: Driver | None = None
+        self._driver: Driver | DriverError | None = None
 
     def takes(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
         """Whether calls of a layer with such tensors can be sent: of few tokens, on the device, without a norm over the
@@ -92,8 +92,14 @@ class ExchangedExperts:
         return None
 
     def _opened_driver(self) -> Driver:
+        """Asked for once: what has been told of it stays so."""
         if self._driver is None:
-            self._driver = driver_of(self.accelerator.device)
+            try:
+                self._driver = driver_of(self.accelerator.device)
+            except DriverError as error:
+                self._driver = error
+        if isinstance(self._driver, DriverError):
+            raise DriverError(str(self._driver)) from self._driver
         return self._driver
 
 

@@ -150,6 +150,11 @@ class CapturedStep(ModelStep):
         """What the recorded steps that are kept take of the device."""
         return sum(pieces.pool_bytes for pieces in self._captured)
 
+    @property
+    def n_looped(self) -> int:
+        """Steps that one compiled call has run, of those whose graphs are kept."""
+        return sum(pieces.loop.n_tokens for pieces in self._captured if pieces.loop is not None)
+
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
         self._captured.clear()

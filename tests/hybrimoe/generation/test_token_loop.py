@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numba
 import pytest
+import torch
 from transformers import PreTrainedTokenizerFast
 
 import hybrimoe.runtime.layer_call.call
@@ -401,3 +402,25 @@ def test_a_driver_that_cannot_be_called_leaves_python(run: Callable[..., Run], e
         assert found.tokens == expected
         assert found.pieces.loop is None
     assert "run by Python: only NVIDIA's driver is called by compiled code" in ways[0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.version.hip is not None, reason="no NVIDIA card here")
+@pytest.mark.parametrize("slots", [0, 5, 12])
+def test_tokens_of_a_real_card_are_those_of_the_cpu(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, slots: int
+) -> None:
+    """By costs that give each lane work; every step is one compiled call."""
+    steps: list[Any] = []
+    monkeypatch.setattr("hybrimoe.runtime.startup.startup.measure_profile", lambda *args: COSTS)
+    directory, options = save_model(tmp_path / "model", "float32"), {"backend": "numba", "policy": "ours"}
+    expected, _ = greedy(directory, byte_tokenizer, accelerator="none", **options)
+    found, stats = greedy(
+        directory, byte_tokenizer, lambda model: steps.append(model.hybrimoe.step), accelerator="auto",
+        gpu_expert_slots=slots, **options,
+    )  # fmt: skip
+    assert found == expected
+    (step,) = steps
+    assert step.n_steps == step.n_looped == STEPS, step._captured[-1].no_loop
+    decode = stats.by_phase["decode"]
+    assert (decode.accel_experts > 0) == (slots > 0)
