@@ -28,7 +28,8 @@ class ExchangedExperts:
     def __init__(self, runner: ExpertsCall, accelerator: TorchAccelerator) -> None:
         self.runner, self.accelerator = runner, accelerator
         self._exchanges: dict[Shape, Exchange] = {}
-        self._driver: Driver | DriverError | None = None
+        self._driver: Driver | str | None = None
+        """Or the reason why there is none."""
 
     def takes(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
         """Whether calls of a layer with such tensors can be sent: of few tokens, on the device, without a norm over the
@@ -97,9 +98,9 @@ class ExchangedExperts:
             try:
                 self._driver = driver_of(self.accelerator.device)
             except DriverError as error:
-                self._driver = error
-        if isinstance(self._driver, DriverError):
-            raise DriverError(str(self._driver)) from self._driver
+                self._driver = str(error)  # the error itself would keep what its callers were at work on
+        if isinstance(self._driver, str):
+            raise DriverError(self._driver)
         return self._driver
 
 

@@ -25,6 +25,7 @@ from gpu_kernels import LostError
 from gpu_kernels.driver.functions import COPY, LAUNCH
 from gpu_kernels.driver.functions import driver_of as real_driver_of
 from gpu_kernels.driver.queue import SLOTS, STRIDE
+from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.token_loop import compiled as at_place
@@ -401,6 +402,9 @@ def test_a_driver_that_cannot_be_called_leaves_python(run: Callable[..., Run], e
         found = run(cards, prepare=lambda model: ways.append(model.hybrimoe.way.layers["model"]))
         assert found.tokens == expected
         assert found.pieces.loop is None
+        assert isinstance(found.pieces.within, ExchangedExperts)
+        kept = found.pieces.within._driver
+        assert isinstance(kept, str), "an error would keep the caches of the conversation in which it came"
     assert "run by Python: only NVIDIA's driver is called by compiled code" in ways[0]
 
 
