@@ -239,21 +239,31 @@ class TorchAccelerator:
                 end.end.record(stream)
         return None if found is None else (*found, end or DoneEvent(start_us, clock_us()))
 
+    def can_run_prompt(self, spec: ExpertSpec, shape: torch.Size, n_experts: int) -> bool:
+        """Whether the kernel for ids of a shape [T, k] was found right before, so that `prompt_work` may be called."""
+        return self._fused is not None and self._fused.is_right(spec, expected_tokens(shape, n_experts))
+
     def prompt_work(
         self, spec: ExpertSpec, n_experts: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
-    ) -> tuple[PromptWork, torch.Tensor] | None:
-        """The rows of a call of many tokens sorted by experts, and `PromptWork.scores`, on the current stream; None
-        where the kernel for as many was not found right before. `run_part` and `prompt_output` follow."""
-        if self._fused is None or not self._fused.is_right(spec, expected_tokens(ids.shape, n_experts)):
-            return None
+    ) -> tuple[PromptWork, torch.Tensor]:
+        """The rows of a call of many tokens sorted by experts, and `PromptWork.scores`, on the current stream;
+        `run_part` and `prompt_output` follow."""
         with torch.no_grad(), self.current():
             work = PromptWork.of(spec, n_experts, hidden, ids, weights)
             return work, work.scores(n_experts, ids)
 
-    def stage(self, first_slot: int, runs: Sequence[tuple[int, ByteArray]], after: Event | None) -> Event:
+    def mark(self) -> Event:
+        """The end of all that the current stream was given."""
+        if self._synchronous:
+            return LANDED
+        stream, event = torch.accelerator.current_stream(self.device), self._device_event()
+        event.start.record(stream)
+        event.end.record(stream)
+        return event
+
+    def stage(self, first_slot: int, runs: Sequence[tuple[int, ByteArray]], after: Event) -> Event:
         """Submits copies of records into slots from `first_slot` on: uint8 [n, bytes] of the host, page-locked, each so
-        many slots behind the first. They wait for `after`, and for nothing else that reads the slots; None: for all
-        that the current stream was given."""
+        many slots behind the first. They wait for `after`, and for nothing else that reads the slots."""
         self._check_open()
         start_us = clock_us()
         done: DeviceEvent | DoneEvent = DoneEvent(start_us, start_us) if self._synchronous else self._device_event()
@@ -263,13 +273,11 @@ class TorchAccelerator:
         if not isinstance(done, DeviceEvent):
             self._put_runs(first_slot, runs)
             return DoneEvent(start_us, clock_us())
-        stream, current = self._copy_stream, torch.accelerator.current_stream(self.device)
+        stream = self._copy_stream
         assert stream is not None
         with on_stream(stream):
             if isinstance(after, DeviceEvent):
                 stream.wait_event(after.end)
-            else:
-                stream.wait_stream(current)
             done.start.record(stream)
             self._put_runs(first_slot, runs)
             done.end.record(stream)

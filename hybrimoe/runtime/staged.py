@@ -8,6 +8,7 @@ link with experts.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, pairwise
@@ -27,6 +28,7 @@ from scheduler import LayerDemand, Phase, Planner
 HALVES = 2
 LEAST_PLACES = 4
 """Slots of a half; with fewer the link waits for the device between two copies."""
+NO_CALL = -1, -2
 MOST_UNTOLD = 1024
 """Calls that are not counted yet; with more, those that have ended are."""
 
@@ -80,10 +82,10 @@ class StagedPrompts:
     n_calls: int = 0
     """How many calls of layers it has run."""
     _turn: int = 0
-    _last: tuple[int, int] = -1, -1
+    _last: tuple[int, int] = NO_CALL
     """Step and layer of the latest call."""
     _filled: list[Filled | None] = field(default_factory=lambda: [None] * HALVES)
-    _read: list[Event | None] = field(default_factory=lambda: [None] * HALVES)
+    _read: list[Event] = field(default_factory=list)
 
     def run(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor | None:
         """The output of a layer's experts, as HybridExperts.forward. None, with nothing done, where the usual way is
@@ -97,17 +99,16 @@ class StagedPrompts:
         lookahead, n_absent = self.runner.lookahead, int((~self._resident(layer)).sum())
         if lookahead is not None and not lookahead.knows_all:
             return None  # the first call of each layer tells what its gate is
+        if not accelerator.can_run_prompt(known.spec, ids.shape, known.num_experts):
+            return None
         if not self._pays(layer, ids.numel(), n_absent) or not self._lent():
             return None
-        made = accelerator.prompt_work(known.spec, known.num_experts, rows, ids, weights)
-        if made is None:
-            return None
+        work, scores = accelerator.prompt_work(known.spec, known.num_experts, rows, ids, weights)
         self.runner.begin_call(layer, len(rows))
         step, before = self.runner.experts.step, self._last
         self._last = step, layer
-        if before != (step, layer - 1):  # others may have read the halves since
-            self._filled, self._read = [None] * HALVES, [None] * HALVES
-        work, scores = made
+        if before != (step, layer - 1):  # others may have used the halves since
+            self._filled, self._read = [None] * HALVES, [accelerator.mark()] * HALVES
         resident, parts, ends, copies = self._resident(layer), self._parts(layer), [], []
         for number, part in enumerate(parts):
             half, filled = self._half_of(part)
@@ -167,7 +168,7 @@ class StagedPrompts:
         gone = [int(key) for key in slots.key_of[slots.n_slots - n :] if key >= 0]
         if not self.planner.lend(n):
             return False
-        self._filled, self._read = [None] * HALVES, [None] * HALVES
+        self._last = NO_CALL
         stats = self.runner.experts.stats
         for key in gone:  # prefetched in vain
             number = int(stats.issued[key])
@@ -215,9 +216,10 @@ class StagedPrompts:
         if n_pairs < n_experts:
             return False  # of few tokens not all experts are needed
         each = -(-n_pairs // n_experts)
+        n_needed = n_absent * (1.0 - math.exp(-n_pairs / n_experts))  # the others have no token, if chance decides
         link_us, cpu_us = costs.transfer_us(layer), float(costs.cpu_us(layer, each))
         accel_us = n_experts * float(costs.accel_us(layer, each))
-        shared_us = n_absent * link_us * cpu_us / max(link_us + cpu_us, 1e-9) + self.runner.experts.lanes.cpu_ready_us()
+        shared_us = n_needed * link_us * cpu_us / max(link_us + cpu_us, 1e-9) + self.runner.experts.lanes.cpu_ready_us()
         return max(n_absent * link_us, accel_us) <= max(shared_us, accel_us)
 
     def _note(
