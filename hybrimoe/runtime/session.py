@@ -230,7 +230,8 @@ class Session:
                             output = staged.run(layer, hidden, top_k_index, top_k_weights)
                             if output is not None:
                                 return output
-                    self._tell_of_prompts()
+                    if self._staged is not None:
+                        self._tell_of_prompts()
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except DEVICE_ERRORS as error:
                     self._go_on_after(error, hidden)
@@ -241,7 +242,8 @@ class Session:
             runner = self._runner
             if runner is call.runner and runner is not None and runner.consistent:
                 try:
-                    self._tell_of_prompts()
+                    if self._staged is not None:
+                        self._tell_of_prompts()
                     runner.run_sent(call)
                     return
                 except DEVICE_ERRORS as error:
