@@ -23,7 +23,7 @@ from hybrimoe.experts.module import HybridExperts
 from hybrimoe.machine.interpreter import gather_beside
 from hybrimoe.runtime.budgets import Budgets, KeysAndValues, Resized, tier_of
 from hybrimoe.runtime.config import RuntimeConfig
-from hybrimoe.runtime.exchanged import ExchangedExperts, find_exchanged
+from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.host_copy import bring_back, drop, never_moves, require_droppable
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.layers import PLACEMENTS, Layer, pack_layers
@@ -36,9 +36,10 @@ from hybrimoe.runtime.learnt import RoutingFile
 from hybrimoe.runtime.lossy.low_copy import LowCopy, make_low_copy
 from hybrimoe.runtime.lossy.startup import lossy_call
 from hybrimoe.runtime.lost import DEVICE_ERRORS, as_lost, go_on_without, lost_of, why_it_ends
-from hybrimoe.runtime.resident import ResidentExperts, find_resident
+from hybrimoe.runtime.on_device import OnDevice
+from hybrimoe.runtime.resident import ResidentExperts
 from hybrimoe.runtime.snapshot import snapshot
-from hybrimoe.runtime.staged import StagedPrompts, find_staged
+from hybrimoe.runtime.staged import StagedPrompts
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
 from hybrimoe.runtime.startup.budget import PlannedMemory, planned_memory
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
@@ -74,12 +75,9 @@ class Session:
         self._store: ExpertStore | None = None
         self._accelerators: tuple[Accelerator, ...] = ()
         self._units: list[Unit] = []
-        self._resident: ResidentExperts | None = None
-        self._staged: StagedPrompts | None = None
-        self._staged_of: ExpertsCall | None = None
-        self._exchanged: ExchangedExperts | None = None
         self._runner: ExpertsCall | None = None
         self._stats = StatsRecorder(0, 0)
+        self._on_device = OnDevice(self._stats)
         self._low: LowCopy | None = None
         self._tracker = StepTracker(self.config.decode_max_tokens)
         self._model: weakref.ref[nn.Module] | None = None
@@ -195,6 +193,7 @@ class Session:
             if self._runner is not None:
                 raise ModelError("the session was already started")
             self._stats = self._new_stats()
+            self._on_device = OnDevice(self._stats)
             model = None if self._model is None else self._model()
             self._units = share_layers(self._layers, self._accelerators, model, self.config.kv_reserve_bytes)
             if frequencies is None and isinstance(self._store, TieredStore):
@@ -220,18 +219,14 @@ class Session:
                         runner = self._ready()
                     if self._units and hidden.shape[:-1].numel() > 1:
                         runner.settle()
-                        resident = self.resident()
-                        if resident is not None:
-                            output = resident.run_prompt(layer, hidden, top_k_index, top_k_weights)
+                        if not self._is_watched(runner):
+                            output = self._on_device.prompt(
+                                runner, self._units, layer, hidden, top_k_index, top_k_weights
+                            )
                             if output is not None:
                                 return output
-                        staged = self.staged()
-                        if staged is not None:
-                            output = staged.run(layer, hidden, top_k_index, top_k_weights)
-                            if output is not None:
-                                return output
-                    if self._staged is not None:
-                        self._tell_of_prompts()
+                    if self._on_device.staged is not None:
+                        self._on_device.tell()
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except DEVICE_ERRORS as error:
                     self._go_on_after(error, hidden)
@@ -242,8 +237,8 @@ class Session:
             runner = self._runner
             if runner is call.runner and runner is not None and runner.consistent:
                 try:
-                    if self._staged is not None:
-                        self._tell_of_prompts()
+                    if self._on_device.staged is not None:
+                        self._on_device.tell()
                     runner.run_sent(call)
                     return
                 except DEVICE_ERRORS as error:
@@ -259,7 +254,7 @@ class Session:
             if runner is not loop.runner or runner is None or not runner.consistent:
                 return None
             try:
-                self._tell_of_prompts()
+                self._on_device.tell()
                 return loop.run(at, launched=launched)
             except DEVICE_ERRORS as error:
                 at = loop.at
@@ -611,40 +606,33 @@ class Session:
         exact and watched by nobody; the same object as long as that holds."""
         with self._lock:
             runner = self._runner
-            if runner is None or not runner.consistent or runner.lossy is not None or self._closed:
+            if runner is None or not runner.consistent or runner.lossy is not None or self._is_watched(runner):
                 return None
-            if runner.routing_recorder is not None or runner.experts.tracing or self._sink is not None:
-                return None
-            if self._resident is None or self._resident.runner is not runner:
-                self._count_resident()
-                self._resident = find_resident(runner, self._units)
-            return self._resident
+            return self._on_device.resident(runner, self._units)
 
     def staged(self) -> StagedPrompts | None:
         """What streams prompts through some of the slots, where that is possible and layer calls are exact and watched
         by nobody; the same object as long as that holds."""
         with self._lock:
             runner = self._runner
-            if runner is None or not runner.consistent or self._closed or self._sink is not None:
+            if runner is None or not runner.consistent or self._is_watched(runner):
                 return None
-            if runner.routing_recorder is not None or runner.experts.tracing:
-                return None
-            if self._staged_of is not runner:
-                self._staged_of, self._staged = runner, find_staged(runner, self._units)
-            return self._staged
+            return self._on_device.streams(runner, self._units)
 
     def exchanged(self) -> ExchangedExperts | None:
         """What carries calls of layers between a recorded step and the host, where one torch device has the slots and
         layer calls are exact and watched by nobody; the same object as long as that holds."""
         with self._lock:
-            if self._runner is None or self._closed or self._sink is not None:
+            if self._runner is None or self._closed:
                 return None
             runner = self._ready()
-            if runner.lossy is not None or runner.routing_recorder is not None or runner.experts.tracing:
+            if runner.lossy is not None or self._is_watched(runner):
                 return None
-            if self._exchanged is None or self._exchanged.runner is not runner:
-                self._exchanged = find_exchanged(runner, self._units)
-            return self._exchanged
+            return self._on_device.exchanged(runner, self._units)
+
+    def _is_watched(self, runner: ExpertsCall) -> bool:
+        """Whether somebody looks at layer calls, or nothing may run any more."""
+        return self._closed or self._sink is not None or runner.routing_recorder is not None or runner.experts.tracing
 
     def add_reporter(self, report: Callable[[StatsRecorder], None]) -> None:
         """`report` is called before counters are read or reset, to add what ran without layer calls."""
@@ -659,7 +647,8 @@ class Session:
         with self._lock:
             for report in self._reporters:
                 report(self._stats)
-            self._report_prompts()
+            if self._lost is None:
+                self._on_device.report()
             runner = self._runner
             if runner is not None and runner.consistent and not self._closed:
                 runner.report()
@@ -673,7 +662,8 @@ class Session:
                 self._runner.report()
             for report in self._reporters:
                 report(self._stats)
-            self._report_prompts()
+            if self._lost is None:
+                self._on_device.report()
             self._stats.reset()
 
     def forget_trial(self) -> None:
@@ -706,20 +696,6 @@ class Session:
         self._runner.settle()
         return self._runner
 
-    def _report_prompts(self) -> None:
-        """Counts the calls that a device has computed by itself."""
-        self._count_resident()
-        self._tell_of_prompts()
-
-    def _count_resident(self) -> None:
-        if self._resident is not None and self._lost is None:
-            self._resident.report(self._stats)
-
-    def _tell_of_prompts(self) -> None:
-        """Tells the planner of the calls that it has not planned, before it plans the next one."""
-        if self._staged is not None and self._staged.untold and self._lost is None:
-            self._staged.report(self._stats)
-
     def _recover(self, broken: ExpertsCall, n_slots: int | None = None) -> None:
         """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters.
 
@@ -751,8 +727,7 @@ class Session:
         if ending := why_it_ends(self.config, self.store, hidden):
             raise LostError(f"{error}. {ending}") from error
         go_on_without(error, self._accelerators, runner)
-        self._accelerators, self._units, self._resident, self._exchanged = (), [], None, None
-        self._staged = self._staged_of = None
+        self._accelerators, self._units, self._on_device = (), [], OnDevice(self._stats)
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()

@@ -145,7 +145,7 @@ class ExpertsCall:
             self._compute_for(call, space)
         else:
             lanes.place(space, exchange)
-            lanes.launch(space, call, plan.n_accel, plan.transfers, _awaited_slots(space))
+            lanes.launch(space, call, plan.n_accel, plan.transfers, space.awaited_slots())
             if plan.prefetches:
                 lanes.start_transfers(plan.prefetches, space.step, traced=False)
             lanes.compute(space)
@@ -188,7 +188,7 @@ class ExpertsCall:
         choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
         if choice.is_planned:
             at_once.take(space, choice)
-            transfers, awaited = space.plan.transfers, _awaited_slots(space)
+            transfers, awaited = space.plan.transfers, space.awaited_slots()
         lanes_ns = -perf_counter_ns()
         lanes.launch(space, call, choice.n_accel, transfers, awaited)
         lanes.compute_taken(space, choice.n_cpu)
@@ -491,15 +491,6 @@ class ExpertsCall:
         """Ends what only this call path uses: another one follows, or the session is closed."""
         if self.lossy is not None:
             self.lossy.close()
-
-
-def _awaited_slots(space: CallSpace) -> Sequence[int]:
-    """Slots into which a planned call's experts are being copied."""
-    plan = space.plan
-    if not (plan.awaited or plan.n_moved):
-        return ()
-    _, _, moved, slot_of, _ = plan.lists()
-    return [slot_of[position] for position in (*plan.awaited, *moved[: plan.n_moved])]
 
 
 def _whole_call(layer: Layer, addresses: npt.NDArray[np.uint64]) -> WholeCall | None:

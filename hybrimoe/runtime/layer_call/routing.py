@@ -285,6 +285,14 @@ class CallSpace:
             self._postpone_weights(self.norm)
         return len(self.work.dispatch.expert_ids)
 
+    def awaited_slots(self) -> Sequence[int]:
+        """Slots into which the planned call's experts are being copied."""
+        plan = self.plan
+        if not (plan.awaited or plan.n_moved):
+            return ()
+        _, _, moved, slot_of, _ = plan.lists()
+        return [slot_of[position] for position in (*plan.awaited, *moved[: plan.n_moved])]
+
     def release(self) -> None:
         """Lets go of the call's tensors and of rows made for it alone; what was counted stays."""
         work = self.work = self._work

@@ -12,7 +12,7 @@ from cpu_kernels import ExpertSpec
 from gpu_kernels import Accelerator
 from gpu_kernels.devices import blas_workspace_bytes, workspace_of
 from gpu_kernels.graphs import records_graphs
-from gpu_kernels.torch_accelerator import STAGING_BUFFERS
+from gpu_kernels.torch_slots import STAGING_BUFFERS
 from hybrimoe.amounts import parse_amount
 from hybrimoe.errors import BudgetError
 from hybrimoe.kv_sizes import number_of, text_config_of, values_expanded, values_kept

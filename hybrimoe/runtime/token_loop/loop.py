@@ -200,6 +200,7 @@ class TokenLoop:
         if len(helpers) < self._n_threads - 1:
             start_team(self._n_threads)
         runner.settle()
+        runner.consistent = False
         self.n_begun += at == 0
         if self._hand_over is None:
             runner.begin_call(self.calls[at].layer, 1)
@@ -210,7 +211,7 @@ class TokenLoop:
         token[at_place.STAGE] = at_place.WAITS if launched else at_place.LAUNCHES
         token[at_place.FIRST_ROW] = runner.experts.stats.counters[runner.phase][0].number
         self._numbers[at_place.PIECES_NS] = 0.0
-        self._is_inside, runner.consistent = True, False
+        self._is_inside = True
 
     def _leave(self) -> None:
         """From the loop's memory to Python's objects; does nothing where that was done."""
