@@ -28,3 +28,7 @@ class ClosedError(AcceleratorError):
 
 class GraphError(AcceleratorError):
     """Work that a device cannot record as a graph; the cause is chained."""
+
+
+class DriverError(AcceleratorError):
+    """The driver cannot be called by compiled code here, or has refused something; the text says why."""

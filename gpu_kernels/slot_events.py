@@ -15,16 +15,14 @@ class SlotEvents(Generic[EventT]):
 
     def __init__(self, n_slots: int) -> None:
         self._writes: list[EventT | None] = [None] * n_slots
-        self._reads: list[EventT | None] = [None] * n_slots
+        self._reads: dict[int, EventT] = {}
 
     def on_write(self, slot: int, event: EventT) -> EventT | None:
         """Notes a copy into `slot`; returns the read that it has to wait for, if any."""
         if not 0 <= slot < len(self._writes):
             self._check(slot)
-        reader = self._reads[slot]
-        self._reads[slot] = None
         self._writes[slot] = event
-        return reader
+        return self._reads.pop(slot, None)
 
     def on_read(self, slots: Sequence[int], event: EventT) -> list[EventT]:
         """Notes a computation that reads `slots`; returns the writes that it has to wait for."""
@@ -39,6 +37,12 @@ class SlotEvents(Generic[EventT]):
         for slot in slots:
             self._reads[slot] = event
         return writes
+
+    def take_reads(self) -> set[EventT]:
+        """The last reads of all slots: who takes them makes every later copy wait for them."""
+        reads = set(self._reads.values())
+        self._reads.clear()
+        return reads
 
     def write_of(self, slot: int) -> EventT:
         """The last copy into `slot`. Raises SlotError where there was none."""

@@ -8,7 +8,7 @@ go through a ring of page-locked staging buffers. On device "cpu" the same code 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -21,6 +21,9 @@ from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
 from cpu_kernels.format.pack import record_tensor
 from gpu_kernels.accelerator import ByteArray, Event, LayerWork, Unfold
 from gpu_kernels.devices import indexed, memory_info
+from gpu_kernels.driver.functions import Driver
+from gpu_kernels.driver.queue import Queue
+from gpu_kernels.driver.queued import QueuedCopy
 from gpu_kernels.errors import ClosedError, LostError, SlotError
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
@@ -34,6 +37,8 @@ from gpu_kernels.waiting import new_limit, wait_for_stream
 STAGING_BUFFERS = 4
 """Page-locked records under way at once when the host's records are not page-locked."""
 ALIGNMENT_BYTES = 256
+LANDED = DoneEvent(0.0, 0.0)
+"""A copy whose end compiled code has seen."""
 
 
 SMALL_BYTES = 64 << 10
@@ -161,7 +166,7 @@ class TorchAccelerator:
         for write in writes:
             if isinstance(write, DeviceEvent) and not write.ended:
                 stream.wait_event(write.end)
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             end.start.record(stream)
             self._compute(spec, slots, places, work, state, group)
             end.end.record(stream)
@@ -173,7 +178,7 @@ class TorchAccelerator:
         state, _ = self._enter(work)
         dtype = torch.float32 if work.like is None else work.like.dtype
         rows = _rows_of(work, [int(position) for position in work.host_positions])
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             if self._fused is None or work.transform is not None:
                 return self._combine_by_torch(work, state, rows).to(dtype)
             host_rows = source = None
@@ -216,7 +221,7 @@ class TorchAccelerator:
     ) -> torch.Tensor:
         """A layer's output [T, H] where each expert has a slot, on the current stream and without the host; see
         `gpu_kernels.resident.run_resident`. The slots' copies must have ended, and none may follow."""
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             return run_resident(spec, self._slots, slot_of, hidden, ids, weights, self._fused)
 
     def run_resident_prompt(
@@ -225,7 +230,7 @@ class TorchAccelerator:
         """`run_resident` for many tokens, with its end; see `gpu_kernels.resident.run_resident_prompt`."""
         start_us = clock_us()
         end = None if self._synchronous else self._device_event()
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             stream = None if end is None else torch.accelerator.current_stream(self.device)
             if end is not None:
                 end.start.record(stream)
@@ -239,7 +244,7 @@ class TorchAccelerator:
         Reads slots, whatever they hold."""
         if self._fused is None or not self.n_slots or spec.record_bytes > self._slot_bytes:
             return False
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             return self._fused.tune(spec, self._slots, seconds)
 
     def exchange(
@@ -252,12 +257,12 @@ class TorchAccelerator:
         self, spec: ExpertSpec, exchange: Exchange, hidden: torch.Tensor, weights: torch.Tensor
     ) -> None:
         """`Exchange.compute` from this accelerator's slots, on the current stream: to be recorded for `launch`."""
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             exchange.compute(spec, self._slots, hidden, weights, self._fused)
 
     def combine_exchanged(self, exchange: Exchange) -> torch.Tensor:
         """`Exchange.combine` on the current stream."""
-        with torch.no_grad(), self._current():
+        with torch.no_grad(), self.current():
             return exchange.combine(self._fused)
 
     def launch(self, replay: Callable[[], None], awaited: Sequence[int], *, timed: bool = False) -> Event | None:
@@ -284,6 +289,43 @@ class TorchAccelerator:
         replay()
         event.end.record(stream)
         return event
+
+    def current(self) -> AbstractContextManager[object]:
+        """Makes this device torch's current one: Triton and the driver launch on that one's stream, wherever tensors
+        are."""
+        if self._synchronous:
+            return contextlib.nullcontext()
+        return torch.accelerator.device_index(self.device.index)
+
+    def driver_queue(self, driver: Driver) -> Queue:
+        """What compiled code submits copies and launches by, to the slots as they are now. Raises DriverError."""
+        copies = 0 if self._copy_stream is None else driver.stream(self._copy_stream)
+        with self.current():
+            return Queue(driver, copies, self._slots.data_ptr(), _stride(self._slot_bytes))
+
+    def hand_to(self, queue: Queue) -> None:
+        """From here on compiled code submits, on the current stream and that of copies, behind all that was; before its
+        first copy it has seen the end of all that was launched on the former."""
+        if self._copy_stream is None:
+            return  # a host does all at once
+        stream = torch.accelerator.current_stream(self.device)
+        for reader in self._events.take_reads():
+            if isinstance(reader, DeviceEvent):
+                self._copy_stream.wait_event(reader.end)
+        if self._read_by is not None and self._read_by != stream:
+            self._copy_stream.wait_stream(self._read_by)
+        queue.begin(queue.driver.stream(stream))
+
+    def take_from(self, queue: Queue, under_way: Mapping[int, QueuedCopy]) -> None:
+        """Compiled code has ended; under_way: the copies by slot that it left so."""
+        for slot in queue.take_written():
+            self._events.on_write(slot, under_way.get(slot, LANDED))
+        if self._copy_stream is not None:
+            self._read_by = torch.accelerator.current_stream(self.device)
+
+    def queued_copy(self, queue: Queue, number: int) -> QueuedCopy:
+        """A copy that the queue has under way, `number` places behind the oldest."""
+        return QueuedCopy(queue, number, self.device, self._copy_stream)
 
     def sibling(self) -> TorchAccelerator:
         """A second, empty slot memory behind the same streams; staging buffers are its own."""
@@ -316,12 +358,6 @@ class TorchAccelerator:
                 self.synchronize()
             if self.wait_limit.lost is None:  # what hangs may still use its slots
                 self._set_slots(0, 0)
-
-    def _current(self) -> AbstractContextManager[object]:
-        """Makes this device torch's current one: Triton launches on that one's stream, wherever its tensors are."""
-        if self._synchronous:
-            return contextlib.nullcontext()
-        return torch.accelerator.device_index(self.device.index)
 
     def _compute(
         self, spec: ExpertSpec, slots: Sequence[int], positions: list[int], work: LayerWork, state: DeviceRows,

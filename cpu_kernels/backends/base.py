@@ -81,12 +81,17 @@ def _check_array(name: str, array: np.ndarray, dtype: np.dtype, shape: tuple[int
         )
 
 
-def raise_not_finite(row: int) -> None:
-    """Reports the first input row that is not finite."""
-    raise ActivationValueError(
+def not_finite(row: int) -> ActivationValueError:
+    """The error of the first input row that is not finite."""
+    return ActivationValueError(
         f"hidden[{row}] contains NaN or infinity before the experts: the error lies in an earlier layer, its weights "
         "or its dtype (float16 overflows where bfloat16 does not)"
     )
+
+
+def raise_not_finite(row: int) -> None:
+    """Reports the first input row that is not finite."""
+    raise not_finite(row)
 
 
 def record_view(address: int, spec: ExpertSpec) -> np.ndarray:

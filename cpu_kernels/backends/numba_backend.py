@@ -162,10 +162,15 @@ class NumbaBackend:
         return None if done < 0 else (out, done, n_tokens)
 
     def _new_sheet(self, spec: ExpertSpec, records: np.ndarray, n_tokens: int, top_k: int) -> Sheet:
+        sheet = self._sheets[id(spec), id(records), n_tokens, top_k] = self.sheet(spec, records, n_tokens, top_k)
+        return sheet
+
+    def sheet(self, spec: ExpertSpec, records: np.ndarray, n_tokens: int, top_k: int) -> Sheet:
+        """A new one, for compiled callers that have a workspace of their own; records: as in `run_routed`."""
         plan, n_rows, n_experts = self._plan_of(spec), n_tokens * top_k, records.size
         scratch = routed.scratch_bytes(n_tokens, n_rows, spec.hidden)
         needed = layer.workspace_bytes(min(n_rows, n_experts), n_tokens, n_rows, plan.x_row_bytes, plan.h_row_bytes)
-        sheet = self._sheets[id(spec), id(records), n_tokens, top_k] = Sheet(spec, plan, records, needed + scratch)
+        sheet = Sheet(spec, plan, records, needed + scratch)
         sheet.words[[routed.SCRATCH_BYTES, routed.N_TOKENS, routed.TOP_K]] = scratch, n_tokens, top_k
         sheet.words[routed.N_THREADS] = self.n_threads
         sheet.words[routed.SERIAL_EXPERTS] = (SERIAL_BYTES - 1) // spec.record_bytes

@@ -114,6 +114,21 @@ def run_routed(
 
 
 @kernel
+def run_some(
+    sheet_address: int, records: np.ndarray, positions: np.ndarray, offsets: np.ndarray, rows: np.ndarray,
+    weights: np.ndarray, hidden: np.ndarray, out_rows: np.ndarray,
+) -> int:  # fmt: skip
+    """`run_layer` of some experts of a call, with the plan and the workspace of a sheet."""
+    sheet = int64s_at(sheet_address, SHEET_SIZE)
+    return run_layer(
+        int64s_at(sheet[PLAN], PLAN_SIZE), floats_at(sheet[PARAMETERS], sheet[N_PARAMETERS]), records, positions,
+        offsets, rows, weights, sheet[TOP_K], hidden, out_rows,
+        bytes_at(sheet[WORKSPACE], sheet[WORKSPACE_BYTES]),
+        sheet[N_THREADS] if positions.size > sheet[SERIAL_EXPERTS] else 1,
+    )  # fmt: skip
+
+
+@kernel
 def read_call(
     index: int, weights: int, weights_kind: int, n_tokens: int, top_k: int, hidden: int, hidden_kind: int,
     host_hidden: np.ndarray, routing: np.ndarray, counts: np.ndarray, expert_ids: np.ndarray, offsets: np.ndarray,

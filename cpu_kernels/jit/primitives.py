@@ -196,6 +196,40 @@ def call_worker(typingctx: Any, function: Any, call: Any, thread: Any) -> Any:
     return _kernel_call(2, types.void)
 
 
+def _c_call(n_arguments: int) -> Any:
+    """Signature and code of a call of a C function that returns an int, as int64."""
+
+    def code(context: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [_I64] * n_arguments)
+        return builder.sext(builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), arguments[1:]), _I64)
+
+    return types.int64(*[types.int64] * (n_arguments + 1)), code
+
+
+@intrinsic
+def call_c_one(typingctx: Any, function: Any, a: Any) -> Any:
+    """Calls a C function of one integer or address at address `function`; returns its int."""
+    return _c_call(1)
+
+
+@intrinsic
+def call_c_two(typingctx: Any, function: Any, a: Any, b: Any) -> Any:
+    """The same, of two."""
+    return _c_call(2)
+
+
+@intrinsic
+def call_c_three(typingctx: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
+    """The same, of three."""
+    return _c_call(3)
+
+
+@intrinsic
+def call_c_four(typingctx: Any, function: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+    """The same, of four."""
+    return _c_call(4)
+
+
 def _pointer_to(kind: types.Type) -> Any:
     @intrinsic
     def pointer(typingctx: Any, address: Any) -> Any:

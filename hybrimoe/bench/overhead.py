@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,7 +16,9 @@ from cpu_kernels import ExpertWeights, reference_ffn, relative_error, tolerance
 from cpu_kernels.engine import layer as kernel_driver
 from cpu_kernels.engine import routed
 from gpu_kernels import Accelerator, EmulatedAccelerator, TorchAccelerator
+from gpu_kernels.graphs import Graph
 from gpu_kernels.streams import HostEvent
+from hybrimoe.bench.host_driver import HostDriver, HostPiece
 from hybrimoe.bench.rounds import busy_warning, spread
 from hybrimoe.bench.stopwatch import Stopwatch, Timed, Times
 from hybrimoe.errors import ModelError
@@ -25,6 +28,7 @@ from hybrimoe.machine.profiles import open_hardware
 from hybrimoe.runtime import HybridExperts, RuntimeConfig, Session
 from hybrimoe.runtime.layer_call.lookahead import Lookahead
 from hybrimoe.runtime.layer_call.sent import SentCall
+from hybrimoe.runtime.token_loop.loop import TokenLoop
 from scheduler import HardwareProfile, ModelShape, Planner
 from yaml_rules.shapes import load_shape
 
@@ -56,6 +60,8 @@ calling thread, which a card's link does by itself). The CPU time of all others 
 CARD = "h100"
 """The hardware profile by whose costs a call that a card has sent is planned."""
 NOTHING = Times()
+LOOPED = ("ours",)
+"""Policies whose tokens are one compiled loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +107,14 @@ class Experts(nn.Module):
         raise ModelError("these experts have no weights")
 
 
+@dataclass(frozen=True, slots=True)
+class HostGraph:
+    """Recorded work of a device that is not there."""
+
+    replay: Callable[[], None]
+
+
+NOT_LAUNCHED = HostGraph(lambda: None)
 Call = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -220,7 +234,7 @@ class SentContender(Contender):
         assert exchanged is not None
         call = self.calls(1)[0][0]
         self._exchange, self._exchanged = exchanged.send(*call), exchanged
-        self._sent = [self._recorded(layer, call, lambda: None) for layer in range(request.layers)]
+        self._sent = [self._recorded(layer, call, NOT_LAUNCHED) for layer in range(request.layers)]
 
     @staticmethod
     def _accelerator() -> Accelerator:
@@ -230,8 +244,8 @@ class SentContender(Contender):
     def _profile() -> HardwareProfile | None:
         return open_hardware(CARD)
 
-    def _recorded(self, layer: int, call: Call, replay: Callable[[], None]) -> SentCall:
-        return self._exchanged.sent_call(layer, self._exchange, *call, replay)
+    def _recorded(self, layer: int, call: Call, graph: Graph) -> SentCall:
+        return self._exchanged.sent_call(layer, self._exchange, *call, graph)
 
     def prepared(self, layer: int, call: Call) -> Callable[[], object]:
         """What runs a call of a layer once the card has sent it."""
@@ -247,8 +261,47 @@ class SentContender(Contender):
         hidden, _, weights = call
         self._exchange.send(*call)
         compute = partial(self._exchanged.compute, 0, self._exchange, hidden, weights)
-        self.session.run_sent(self._recorded(0, call, compute))
+        self.session.run_sent(self._recorded(0, call, HostGraph(compute)))
         return self._exchanged.combine(self._exchange, hidden)
+
+
+class LoopContender(SentContender):
+    """The same calls as a token's compiled loop answers them: pieces bring the tensors, and everything else that a card
+    would do is left out."""
+
+    name = "a token without Python, {}"
+
+    def __init__(self, request: Request, policy: str) -> None:
+        super().__init__(request, policy)
+        held = self._exchange.hidden, self._exchange.ids, self._exchange.weights
+        self._brought = [[torch.zeros_like(tensor) for tensor in held] for _ in self._sent]
+        pieces = [*(HostPiece(held, brought) for brought in self._brought), HostPiece()]
+        calls = [self._recorded(call.layer, (call.hidden, call.ids, call.weights), HostPiece()) for call in self._sent]
+        runner = self._sent[0].runner
+        self.loop = TokenLoop(runner, self._sent[0].accelerator, HostDriver(), pieces, calls)
+
+    def run(self, steps: list[list[Call]]) -> float:
+        """All layers of all steps. Returns the us of the steps."""
+        return sum(self.us_of_step(step) for step in steps)
+
+    def bring(self, layer: int, call: Call) -> None:
+        """The piece before a layer sends these tensors, whenever it is launched."""
+        for place, tensor in zip(self._brought[layer], call, strict=True):
+            place.copy_(tensor)
+
+    def us_of_step(self, step: list[Call]) -> float:
+        """One step, by the loop, or layer by layer where that cannot begin yet."""
+        for layer, call in enumerate(step):
+            self.bring(layer, call)
+        self.session.announce_step("decode")
+        start_ns = time.perf_counter_ns()
+        stop = self.session.run_token(self.loop, 0, launched=False)
+        took_us = (time.perf_counter_ns() - start_ns) * 1e-3
+        if stop is None:
+            return super().run([step])
+        if stop != (len(step), True):
+            raise ModelError(f"the loop stopped at layer {stop[0]}")
+        return took_us
 
 
 SentContender.timed = (
@@ -268,6 +321,7 @@ def measure(request: Request) -> dict[str, Any]:
     policies: list[str | None] = [None, *request.policies]
     contenders = [_measure_one(request, policy, Contender) for policy in policies]
     contenders += [_measure_one(request, policy, SentContender) for policy in request.policies]
+    contenders += [_measure_loop(request, policy) for policy in request.policies if policy in LOOPED]
     return {"request": asdict(request), "machine": machine(), "remark": remark, "contenders": contenders}
 
 
@@ -297,6 +351,37 @@ def _measure_one(request: Request, policy: Any, kind: type[Contender]) -> dict[s
             name: spread([watch.median_us(partial(_section_us, name)) for watch in watches]) for name in SECTIONS
         },
         "held_up_us": spread([watch.median_us(_held_up_us) for watch in watches]),
+        "share": overhead["median"] / layer["median"],
+    }
+
+
+def _measure_loop(request: Request, policy: str) -> dict[str, Any]:
+    """us of a layer in a token's compiled loop, of which it tells the times itself."""
+    contender = LoopContender(request, policy)
+    layer_us: list[float] = []
+    sections: dict[str, list[float]] = {name: [] for name in SECTIONS}
+    try:
+        contender.check()
+        steps = contender.calls(WARM_STEPS + request.steps)
+        contender.run(steps[:WARM_STEPS])
+        for _ in range(request.rounds):
+            us = [(contender.us_of_step(step), contender.loop.times_us()) for step in steps[WARM_STEPS:]]
+            layer_us.append(sum(step_us for step_us, _ in us) / (len(us) * request.layers))
+            released, kernels, after = np.median(np.concatenate([times for _, times in us], axis=1), axis=1).tolist()
+            for name in SECTIONS:
+                found = {"bookkeeping": released, "kernels": kernels, "after the release": after}.get(name, 0.0)
+                sections[name].append(found)
+    finally:
+        contender.session.close()
+    layer = spread(layer_us)
+    overhead = spread([sum(sections[name][at] for name in OVERHEAD) for at in range(request.rounds)])
+    return {
+        "name": contender.name.format(policy),
+        "lanes": contender.lanes,
+        "layer_us": layer,
+        "overhead_us": overhead,
+        "sections_us": {name: spread(values) for name, values in sections.items()},
+        "held_up_us": spread([0.0] * request.rounds),
         "share": overhead["median"] / layer["median"],
     }
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from cpu_kernels.engine.routed import FLOATS
 from gpu_kernels import TorchAccelerator
+from gpu_kernels.driver.functions import Driver, driver_of
+from gpu_kernels.errors import DriverError
 from gpu_kernels.exchange import Exchange
+from gpu_kernels.graphs import Graph
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.startup.units import Unit
+from hybrimoe.runtime.token_loop.loop import NoLoopError, TokenLoop, make_ready, require_loop
 
 Shape = tuple[int, int, int, torch.dtype, torch.dtype]
 """Tokens, experts of a token, width; dtypes of hidden states and of weights."""
@@ -24,6 +28,8 @@ class ExchangedExperts:
     def __init__(self, runner: ExpertsCall, accelerator: TorchAccelerator) -> None:
         self.runner, self.accelerator = runner, accelerator
         self._exchanges: dict[Shape, Exchange] = {}
+        self._driver: Driver | str | None = None
+        """Or the reason why there is none."""
 
     def takes(self, layer: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> bool:
         """Whether calls of a layer with such tensors can be sent: of few tokens, on the device, without a norm over the
@@ -65,10 +71,37 @@ class ExchangedExperts:
 
     def sent_call(
         self, layer: int, exchange: Exchange, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor,
-        replay: Callable[[], None] | None,
+        graph: Graph | None,
     ) -> SentCall:  # fmt: skip
         """A call as it was recorded, for `Session.run_sent`."""
-        return SentCall(self.runner, layer, self.accelerator, exchange, hidden, ids, weights, replay)
+        return SentCall(self.runner, layer, self.accelerator, exchange, hidden, ids, weights, graph)
+
+    def loop_over(self, graphs: Sequence[Graph], calls: Sequence[SentCall]) -> TokenLoop:
+        """The compiled loop over recorded pieces and the calls between them. Raises NoLoopError or DriverError with the
+        reason where Python runs between them."""
+        return TokenLoop(self.runner, self.accelerator, self._opened_driver(), graphs, calls)
+
+    def why_no_loop(self) -> str | None:
+        """Why Python runs between the pieces of steps, whatever they are; None where compiled code can, which is ready
+        then."""
+        try:
+            require_loop(self.runner, self.accelerator)
+            self._opened_driver()
+        except (NoLoopError, DriverError) as error:
+            return str(error)
+        make_ready()
+        return None
+
+    def _opened_driver(self) -> Driver:
+        """Asked for once: what has been told of it stays so."""
+        if self._driver is None:
+            try:
+                self._driver = driver_of(self.accelerator.device)
+            except DriverError as error:
+                self._driver = str(error)  # the error itself would keep what its callers were at work on
+        if isinstance(self._driver, str):
+            raise DriverError(self._driver)
+        return self._driver
 
 
 def find_exchanged(runner: ExpertsCall, units: Sequence[Unit]) -> ExchangedExperts | None:

@@ -44,6 +44,7 @@ from hybrimoe.runtime.startup.startup import Frequencies, Startup
 from hybrimoe.runtime.startup.units import Unit, share_layers
 from hybrimoe.runtime.store import ExpertStore, LayerSpec
 from hybrimoe.runtime.tier.store import TieredStore
+from hybrimoe.runtime.token_loop.loop import Stop, TokenLoop
 from scheduler.errors import SchedulerError
 from scheduler.graph import PlannedLayer
 from scheduler.plan import Placement
@@ -237,6 +238,20 @@ class Session:
                     self._go_on_after(error, call.hidden)
             output = self.run_layer(call.layer, call.hidden, call.ids, call.weights)
             call.exchange.put(output)
+
+    def run_token(self, loop: TokenLoop, at: int, *, launched: bool) -> Stop | None:
+        """Goes on with a token of a recorded step from its place `at`; see `TokenLoop.run`. After an error of the
+        device: as far as the loop has come, and the place's call is to be run anew."""
+        with self._lock:
+            runner = self._runner
+            if runner is not loop.runner or runner is None or not runner.consistent:
+                return None
+            try:
+                return loop.run(at, launched=launched)
+            except DEVICE_ERRORS as error:
+                at = loop.at
+                self._go_on_after(error, loop.calls[min(at, len(loop.calls) - 1)].hidden)
+                return at, False
 
     def settle(self) -> None:
         """What the latest sent call has left to do, once the device goes on with its output; see `ExpertsCall.settle`.

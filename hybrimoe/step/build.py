@@ -175,6 +175,8 @@ def capture_step(
         session.forget_trial()
     session.add_reporter(step.report)
     way = f"captured: {n_calls + 1} pieces, each a graph of {device}, around {n_calls} calls of experts"
+    if n_calls:
+        way = f"{way}, {step.how_experts_are_called()}"
     return StepWay(step, None, {"model": way}, InPlaceOfForward(model, step.answer))
 
 

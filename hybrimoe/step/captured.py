@@ -21,7 +21,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from cpu_kernels import ExpertSpec
-from gpu_kernels.errors import GraphError
+from gpu_kernels.errors import DriverError, GraphError
 from gpu_kernels.graphs import Graph, RecordsGraphs
 from gpu_kernels.step_kernels import StepKernels
 from hybrimoe.dense.card_attention import cudnn_attention_off
@@ -31,6 +31,7 @@ from hybrimoe.generation.growing import GrowingLayer, growing_cache
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.resident import ResidentExperts
 from hybrimoe.runtime.startup.budget import RECORDED_STEPS
+from hybrimoe.runtime.token_loop.loop import NoLoopError
 from hybrimoe.step.calls import StepCall, read_call
 from hybrimoe.step.errors import NotCompiled
 from hybrimoe.step.fixed_attention import attention_by
@@ -46,7 +47,7 @@ from hybrimoe.step.fixed_cache import (
 from hybrimoe.step.forward import InPlaceOfForward
 from hybrimoe.step.fused_norms import known_norms, norms_by
 from hybrimoe.step.model_step import ModelStep
-from hybrimoe.step.pieces import Counts, ExpertsPlace, Pieces, Routed, Within
+from hybrimoe.step.pieces import Answers, Counts, ExpertsPlace, Pieces, Routed, Within
 
 MAX_SEQUENCES = 8
 """Sequences of a step that is captured."""
@@ -97,6 +98,7 @@ class CapturedStep(ModelStep):
         self._captured: list[Pieces] = []
         self._pieces_ns = 0
         self._gave_up = self._sends_nothing = False
+        self._answers = Answers(lambda place: place.run(session), session.settle, session.run_token)
         self._unreported: Counts = np.zeros((len(session.layers), 3))
 
     def answer(self, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -147,6 +149,11 @@ class CapturedStep(ModelStep):
     def graph_bytes(self) -> int:
         """What the recorded steps that are kept take of the device."""
         return sum(pieces.pool_bytes for pieces in self._captured)
+
+    @property
+    def n_looped(self) -> int:
+        """Steps that one compiled call has run, of those whose graphs are kept."""
+        return sum(pieces.loop.n_tokens for pieces in self._captured if pieces.loop is not None)
 
     def undo(self) -> None:
         """Frees the graphs and lets go of the caches."""
@@ -206,7 +213,7 @@ class CapturedStep(ModelStep):
                 raise NotCompiled(
                     f"{len(pieces.experts)} calls of experts in a captured step, {len(outputs)} in its own"
                 )
-            logits, _ = pieces.run(self._numbers(call), lambda place: place.give(next(remaining)), _nothing)
+            logits = pieces.run(self._numbers(call), Answers(lambda place: place.give(next(remaining)), _nothing))
             return logits[:, -1].float()
         finally:
             self._captured.clear()
@@ -228,13 +235,11 @@ class CapturedStep(ModelStep):
             pieces = None if self._moves(layers) else self._recorded(call, layers)
             if pieces is None:
                 return None
-            logits, busy_ns = pieces.run(
-                self._numbers(call), lambda place: place.run(self.session), self.session.settle
-            )
+            logits = pieces.run(self._numbers(call), self._answers)
             self._unreported += pieces.counts
             for each in pieces.held:
                 each.advance()
-            self._pieces_ns += busy_ns
+            self._pieces_ns += pieces.busy_ns
             self.n_steps += 1
             return logits.clone(), type(pieces.output)
 
@@ -316,8 +321,29 @@ class CapturedStep(ModelStep):
             alone = self._experts_alone(pieces)
         pieces.pool_bytes = self._graphs.pool_bytes
         self._count(pieces, alone)
+        self._loop_over(pieces)
         self.captures += 1
         return pieces
+
+    def how_experts_are_called(self) -> str:
+        """Between the pieces of steps of one sequence: by compiled code, or by Python, and then why. What the first
+        step needs for that is ready."""
+        if self.session.resident() is not None:
+            return "which are part of the graphs while each has a slot"
+        within: ExchangedExperts | None = self.session.exchanged()
+        reason = "other lanes than one device's" if within is None else within.why_no_loop()
+        return "all run by one compiled call" if reason is None else f"run by Python: {reason}"
+
+    def _loop_over(self, pieces: Pieces) -> None:
+        """Gives pieces that send all their calls to the host the loop that runs them without Python, or the reason why
+        they have none."""
+        calls = [place.sent for place in pieces.experts if place.sent is not None]
+        if not isinstance(pieces.within, ExchangedExperts) or len(calls) < len(pieces.experts):
+            return
+        try:
+            pieces.loop = pieces.within.loop_over(pieces.graphs, calls)
+        except (NoLoopError, DriverError) as error:
+            pieces.no_loop = str(error)
 
     @contextmanager
     def _by_kernels(self, cache: DynamicCache) -> Iterator[None]:
@@ -382,12 +408,12 @@ class CapturedStep(ModelStep):
         layer, (hidden, _, weights) = int(module.layer), call  # type: ignore[arg-type]
         exchange = within.send(*call)
         pieces.graphs.append(self._graphs.end())
-        replay = None
+        graph = None
         if within.has_slots:
             self._graphs.begin()
             within.compute(layer, exchange, hidden, weights)
-            replay = self._graphs.end().replay
-        sent = within.sent_call(layer, exchange, *call, replay)
+            graph = self._graphs.end()
+        sent = within.sent_call(layer, exchange, *call, graph)
         pieces.experts.append(ExpertsPlace(module, call, {}, sent=sent))
         self._graphs.begin()
         return within.combine(exchange, hidden)

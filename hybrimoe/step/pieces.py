@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import zip_longest
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +16,7 @@ from gpu_kernels.graphs import Graph
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.resident import ResidentExperts
+from hybrimoe.runtime.token_loop.loop import Stop, TokenLoop
 from hybrimoe.step.fixed_cache import CacheLayer, HeldLayer
 
 Routed = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -55,6 +55,22 @@ class ExpertsPlace:
             self.give(self.module(*self.args, **self.kwargs))
 
 
+class RunsTokens(Protocol):
+    """`Session.run_token`."""
+
+    def __call__(self, loop: TokenLoop, at: int, *, launched: bool) -> Stop | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """What answers the calls of a step: `experts` each of them, and `settle` does what that leaves to do while the
+    device computes the piece behind it; `run_token` several by a loop, None where each is to be answered by itself."""
+
+    experts: Callable[[ExpertsPlace], None]
+    settle: Callable[[], None]
+    run_token: RunsTokens | None = None
+
+
 @dataclass(slots=True, eq=False)
 class Pieces:
     """A captured step of `n_sequences` sequences over one cache's buffers and states.
@@ -62,7 +78,8 @@ class Pieces:
     numbers: int64 [2 * sequences + 1] on the device: token ids, their positions, tokens before them. held: of each
     layer of the cache. counts: of a step,
     by layer of the session: calls of experts within the graphs, active experts, us of the device for them. pool_bytes:
-    of the device, for what the pieces compute with. n_replays: steps so far.
+    of the device, for what the pieces compute with. n_replays: steps so far. loop: what runs the pieces and the calls
+    between them without Python; no_loop: why there is none.
     """
 
     numbers: torch.Tensor
@@ -75,32 +92,55 @@ class Pieces:
     counts: Counts = field(default_factory=lambda: np.zeros((0, 3)))
     pool_bytes: int = 0
     n_replays: int = 0
+    loop: TokenLoop | None = None
+    no_loop: str = "it sends no calls of experts to the host"
+    busy_ns: int = 0
+    """Of the latest step: for which the host was busy with the pieces, or waited for one."""
 
-    def run(
-        self, numbers: torch.Tensor, experts: Callable[[ExpertsPlace], None], settle: Callable[[], None]
-    ) -> tuple[torch.Tensor, int]:
-        """Launches the step; `experts` answers each call of experts, and `settle` does what that leaves to do while
-        the device computes the piece behind it.
-
-        Returns the logits [sequences, 1, V], which the next step overwrites, and the nanoseconds that the host was busy
-        with the pieces, or waited for one.
-        """
+    def run(self, numbers: torch.Tensor, answers: Answers) -> torch.Tensor:
+        """Launches the step. Returns the logits [sequences, 1, V], which the next step overwrites."""
         self.n_replays += 1
-        busy_ns = -time.perf_counter_ns()
+        start_ns = time.perf_counter_ns()
         self.numbers.copy_(numbers, non_blocking=True)
-        for graph, place in zip_longest(self.graphs, self.experts):
-            graph.replay()
-            busy_ns += time.perf_counter_ns()
-            settle()
-            busy_ns -= time.perf_counter_ns()
-            if place is not None:
-                if place.sent is not None:
-                    place.sent.exchange.wait()
-                busy_ns += time.perf_counter_ns()
-                experts(place)
-                busy_ns -= time.perf_counter_ns()
+        self.busy_ns = time.perf_counter_ns() - start_ns
+        at, launched = 0, False
+        while True:
+            stop, answered = self._by_loop(answers, at, launched), False
+            if stop is not None:
+                at, answered = stop
+            elif not launched:
+                self._launch(at, answers)
+            if at == len(self.experts):
+                break
+            if not answered:
+                self._answer(self.experts[at], answers)
+            at, launched = at + 1, True
+            self._launch(at, answers)
         logits: torch.Tensor = self.output.logits
-        return logits, busy_ns + time.perf_counter_ns()
+        return logits
+
+    def _by_loop(self, answers: Answers, at: int, launched: bool) -> Stop | None:
+        """The places from `at` on, as far as the loop comes; None where it does not begin."""
+        if self.loop is None or answers.run_token is None or at == len(self.experts):
+            return None
+        stop = answers.run_token(self.loop, at, launched=launched)
+        self.busy_ns += 0 if stop is None else self.loop.pieces_ns
+        return stop
+
+    def _answer(self, place: ExpertsPlace, answers: Answers) -> None:
+        """A call of experts whose piece was launched."""
+        start_ns = time.perf_counter_ns()
+        if place.sent is not None:
+            place.sent.exchange.wait()
+        self.busy_ns += time.perf_counter_ns() - start_ns
+        answers.experts(place)
+
+    def _launch(self, at: int, answers: Answers) -> None:
+        """The piece before a call, or behind all of them; then what the call before it has left to do."""
+        start_ns = time.perf_counter_ns()
+        self.graphs[at].replay()
+        self.busy_ns += time.perf_counter_ns() - start_ns
+        answers.settle()
 
     def is_of(self, layers: Sequence[CacheLayer], n_sequences: int, within: Within) -> bool:
         """Whether these are the pieces for layers of a cache, and for experts, as they are now."""

@@ -365,6 +365,13 @@ class Desk:
             return None
         return (self.views[ids.size][:SLOT, COUNT].tolist(), makespan_us, n_awaited), n_fetched
 
+    def decided_up_to(self, layer: int, n_moved: int) -> None:
+        """Layers of this step were decided on by compiled code that calls the two parts itself, the last of them
+        ``layer`` (-1: none); it has started so many transfers."""
+        self.model.last_layer = layer
+        if self._setting.step >= 0:
+            self.residency.count += n_moved
+
     def land(self, slot: int, key: int, us: float) -> bool:
         """See ``land_at_once``."""
         done = self._land(self.address, slot, key, us)

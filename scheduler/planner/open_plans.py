@@ -91,6 +91,14 @@ class OpenPlans:
 
 
 @compiled
+def oldest_share(address: int, layer: int) -> float:
+    """``OpenPlans.oldest_link_share``."""
+    words = ints_at(address, N_WORDS)
+    first = ints_at(words[TURNS], (words[N_LAYERS], N_TURNS))[layer, FIRST]
+    return float(floats_at(words[SHARES], (words[N_LAYERS], words[DEPTH]))[layer, first])
+
+
+@compiled
 def has_room(address: int, layer: int) -> bool:
     """Whether another plan of a layer can be opened as the arrays are."""
     words = ints_at(address, N_WORDS)

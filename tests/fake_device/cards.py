@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from unittest import mock
+from weakref import WeakValueDictionary
 
 import pytest
 import torch
@@ -23,8 +24,11 @@ import gpu_kernels.fused_choice
 import gpu_kernels.torch_accelerator
 import gpu_kernels.waiting
 import hybrimoe.config.values
+import hybrimoe.runtime.exchanged
 import hybrimoe.runtime.startup.budget
+from gpu_kernels.driver.queued import QueuedCopy
 from gpu_kernels.waiting import WaitLimit
+from tests.fake_device.driver import FakeDriver
 from tests.fake_device.fused import StreamedKernels
 from tests.fake_device.memory import POISON_BYTE, extent
 from tests.fake_device.streams import FakeEvent, FakeStream, HostClock, ManualClock, Ticks, join
@@ -102,6 +106,8 @@ class Cards:
         self._streams: list[FakeStream] = []
         self._pinned: list[torch.Tensor] = []
         self.locked: dict[int, int] = {}
+        self.addressed: WeakValueDictionary[int, DeviceTensor] = WeakValueDictionary()
+        """Tensors whose addresses were asked for."""
         self._kept: list[_Kept] = []
         self._deliveries: list[_Delivery] = []
         self._planned: set[tuple[torch.Size, ...]] = set()
@@ -171,9 +177,13 @@ class Cards:
         assert us < math.inf, f"{_asker()} waits for ever: {device} hangs"
         self.clock.wait_until(us)
 
-    def pause(self, awaited: FakeStream | FakeEvent, seconds: float) -> None:
+    def pause(self, awaited: FakeStream | FakeEvent | QueuedCopy, seconds: float) -> None:
         """Stands for `gpu_kernels.waiting.pause`: where the time does not go by itself, it goes on to the awaited
         end."""
+        if isinstance(awaited, QueuedCopy):
+            driver = awaited.queue.driver
+            assert isinstance(driver, FakeDriver)
+            awaited = driver.end_of(awaited)
         end_us = awaited.end_us if isinstance(awaited, FakeStream) else awaited.at_us
         if isinstance(self.clock, ManualClock) and end_us < math.inf:
             self.clock.wait_until(end_us)
@@ -445,6 +455,7 @@ def fake_cards(n: int = 1, **settings: Any) -> Iterator[Cards]:
             stack.enter_context(mock.patch.object(torch, name, type(name, (kind,), {"cards": cards})))
         workspace = functools.partial(_workspace_of, cards)
         stack.enter_context(mock.patch.object(hybrimoe.runtime.startup.budget, "blas_workspace_bytes", workspace))
+        stack.enter_context(mock.patch.object(hybrimoe.runtime.exchanged, "driver_of", return_value=FakeDriver(cards)))
         for user in (gpu_kernels.torch_accelerator, gpu_kernels.fused_choice):
             stack.enter_context(mock.patch.object(user, "load_fused", new=kernels.choice))
         stack.enter_context(mock.patch.object(WaitLimit, "wait", _counted(cards)))

@@ -64,8 +64,11 @@ class DeviceTensor(torch.Tensor):
         return self.cpu().tolist()
 
     def data_ptr(self) -> int:
-        """Of this card's memory: equal where tensors begin at one place, and never readable by the host."""
-        return self.inner.data_ptr() + DEVICE_ADDRESSES
+        """Of this card's memory: equal where tensors begin at one place, and never readable by the host. Who asks for
+        it may hand it to the driver."""
+        address = self.inner.data_ptr() + DEVICE_ADDRESSES
+        self.memory.cards.addressed[address] = self
+        return address
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DeviceTensor:  # type: ignore[override]
         """As torch's: views of one memory are views of one copy of it."""

@@ -61,8 +61,9 @@ class ExpertsCall:
         if experts.planner is None and lossy is None and experts.lanes.tier is None:
             self._whole = list(map(_whole_call, self.layers, experts.lanes.addresses))
         self._alone = [(space,) for space in experts.spaces]
-        self._at_once: AtOnce | None = None
-        self._link_free_us = 0.0
+        self.at_once: AtOnce | None = None
+        """What decides on calls of few tokens, where the planner can."""
+        self.link_free_us = 0.0
         """By the host's clock: when the copies that were under way will have ended, as of the latest sent call."""
         self._released: tuple[CallSpace, Choice] | None = None
         """A sent call whose output is there, and for which `settle` has something to do."""
@@ -78,7 +79,7 @@ class ExpertsCall:
         self._lookahead = lookahead
         alone = self.lossy is None and self.experts.lanes.tier is None
         if alone and isinstance(self.planner, Planner) and self.planner.decides_at_once:
-            self._at_once = AtOnce(self.experts, self.planner, lookahead)
+            self.at_once = AtOnce(self.experts, self.planner, lookahead)
 
     def run(
         self, index: int, hidden: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
@@ -92,8 +93,8 @@ class ExpertsCall:
             output = self._run_whole(whole, index, hidden, top_k_index, top_k_weights, start_ns)
             if output is not None:
                 return output
-        if self._at_once is not None and self.routing_recorder is None and not self.experts.tracing:
-            output = self._run_at_once(self._at_once, index, hidden, top_k_index, top_k_weights, start_ns)
+        if self.at_once is not None and self.routing_recorder is None and not self.experts.tracing:
+            output = self._run_at_once(self.at_once, index, hidden, top_k_index, top_k_weights, start_ns)
             if output is not None:
                 return output
         parts, n_tokens = self._read(index, hidden, top_k_index, top_k_weights)
@@ -130,7 +131,7 @@ class ExpertsCall:
             if output is not None:
                 exchange.put(output)
                 return
-        if self._at_once is not None and self._answer(self._at_once, call, start_ns):
+        if self.at_once is not None and self._answer(self.at_once, call, start_ns):
             return
         parts, n_tokens = self._read(index, exchange.hidden, exchange.ids, exchange.weights, exchange.places)
         if not n_tokens:
@@ -171,7 +172,7 @@ class ExpertsCall:
             tracker.last_layer = call.layer
         else:
             self.begin_step(tracker.next(call.layer, n_tokens), n_tokens)
-        link_us = max(self._link_free_us - start_ns * 1e-3, 0.0)
+        link_us = max(self.link_free_us - start_ns * 1e-3, 0.0)
         self.consistent = False
         choice = at_once.choose(desk, space, self.phase, call.hidden, exchange.hidden, places, exchange, link_us)
         if choice.n_active <= 0:
@@ -179,28 +180,38 @@ class ExpertsCall:
             if choice.n_active == 0:
                 exchange.put_nothing()
             return choice.n_active == 0
+        if choice.n_awaited == HANDS_ON:
+            self.answer_rest(call, choice, link_us, start_ns)
+            return True
         transfers: Sequence[Transfer] = ()
         awaited: Sequence[int] = ()
         choice.is_planned = choice.n_moved > 0 or choice.n_awaited != 0
-        if choice.is_planned and choice.n_awaited != HANDS_ON:
+        if choice.is_planned:
             at_once.take(space, choice)
             transfers, awaited = space.plan.transfers, _awaited_slots(space)
         lanes_ns = -perf_counter_ns()
-        if choice.n_awaited == HANDS_ON:
-            at_once.decide_rest(space, link_us)
-            self._compute_for(call, space)
-        else:
-            lanes.launch(space, call, choice.n_accel, transfers, awaited)
-            lanes.compute_taken(space, choice.n_cpu)
+        lanes.launch(space, call, choice.n_accel, transfers, awaited)
+        lanes.compute_taken(space, choice.n_cpu)
         end_ns = perf_counter_ns()
         choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
         self._released, self.consistent = (space, choice), True
         return True
 
+    def answer_rest(self, call: SentCall, choice: Choice, link_us: float, start_ns: int) -> None:
+        """A sent call on whose decision HANDS_ON was told; what nobody waits for is left to `settle`."""
+        at_once, space = self.at_once, self.experts.spaces[call.layer]
+        assert at_once is not None
+        choice.is_planned, lanes_ns = True, -perf_counter_ns()
+        at_once.decide_rest(space, link_us)
+        self._compute_for(call, space)
+        end_ns = perf_counter_ns()
+        choice.took_ns, choice.lanes_ns = end_ns - start_ns, lanes_ns + end_ns
+        self._released, self.consistent = (space, choice), True
+
     def settle(self) -> None:
         """What the latest sent call left to do when its output was there: experts of later layers are fetched, what was
         decided and what has ended is learnt from and counted."""
-        released, at_once = self._released, self._at_once
+        released, at_once = self._released, self.at_once
         if released is None or at_once is None:
             return
         self._released, self.consistent, start_ns = None, False, perf_counter_ns()
@@ -215,9 +226,9 @@ class ExpertsCall:
         experts.reports.finish(space)
         experts.reports.collect(self.phase)
         now_ns = perf_counter_ns()
-        self._link_free_us = now_ns * 1e-3
+        self.link_free_us = now_ns * 1e-3
         if experts.lanes.queues[0].pending:
-            self._link_free_us += experts.lanes.link_busy_us(space.index)
+            self.link_free_us += experts.lanes.link_busy_us(space.index)
         took_ns, spent = choice.took_ns + now_ns - start_ns, experts.stats.spent
         spent.append((space.counters, WALL_US, took_ns * 1e-3))
         spent.append((space.counters, OVERHEAD_US, (took_ns - choice.lanes_ns) * 1e-3))

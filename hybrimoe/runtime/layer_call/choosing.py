@@ -22,8 +22,9 @@ from cpu_kernels.jit.primitives import int32s_at, int64s_at
 from gpu_kernels.exchange import Exchange
 from hybrimoe.runtime.layer_call.compiled import HIT, ON_ITS_WAY, describe_routing, place_pairs, with_gil
 from hybrimoe.runtime.layer_call.experts import Experts
-from hybrimoe.runtime.layer_call.lookahead import Lookahead
+from hybrimoe.runtime.layer_call.lookahead import GateStack, Lookahead
 from hybrimoe.runtime.layer_call.routing import CallSpace
+from hybrimoe.runtime.layer_call.sent import SentCall
 from hybrimoe.runtime.layer_call.stats import StatsRecorder
 from hybrimoe.runtime.layer_call.tallies import N_TALLIES, count_call
 from scheduler import Phase, Planner, Prediction, Transfer
@@ -180,12 +181,12 @@ def make_ready() -> None:
 class Slate:
     """What `read_and_choose` works on, of one layer's space, at `address`, and its answers.
 
-    shape: tokens of its calls, and experts of a token; they are sent by `exchange` or not. inputs, rows float32 [T, H],
-    [T * top_k, H]: hidden states and result rows on the host.
+    desk: None where nothing has a slot. shape: tokens of its calls, and experts of a token; they are sent by `exchange`
+    or not. inputs, rows float32 [T, H], [T * top_k, H]: hidden states and result rows on the host.
     """
 
     def __init__(
-        self, space: CallSpace, desk: Desk, addresses: npt.NDArray[np.uint64], shape: tuple[int, int],
+        self, space: CallSpace, desk: Desk | None, addresses: npt.NDArray[np.uint64], shape: tuple[int, int],
         exchange: Exchange | None, inputs: Singles, rows: Singles, stats: StatsRecorder,
         record_bytes: npt.NDArray[np.int64],
     ) -> None:  # fmt: skip
@@ -197,10 +198,12 @@ class Slate:
         self._kept: dict[int, npt.NDArray[Any]] = {
             HOST_HIDDEN: inputs, ROUTING: buffers.weights, COUNTS: buffers.counts, EXPERT_IDS: buffers.expert_ids,
             OFFSETS: buffers.offsets, PAIR_ROWS: buffers.rows, USES: routing_counts, TOKENS: tokens, SCORES: scores,
-            FOUND: space.found, DESK: desk.words, ADDRESSES: addresses, POSITIONS: space.positions,
+            FOUND: space.found, ADDRESSES: addresses, POSITIONS: space.positions,
             RECORDS: space.records, RECORD_BYTES: record_bytes, TALLIES: stats.rows, ISSUED: stats.issued,
             IDLE_US: np.zeros(1),
         }  # fmt: skip
+        if desk is not None:
+            self._kept[DESK] = desk.words
         for place, array in self._kept.items():
             assert array.flags.c_contiguous
             words[place] = array.ctypes.data
@@ -211,6 +214,19 @@ class Slate:
         self._words, self.address = words, words.ctypes.data
 
 
+def new_slate(
+    experts: Experts, space: CallSpace, desk: Desk | None, shape: tuple[int, int], exchange: Exchange | None
+) -> Slate:
+    """What calls of a layer of one shape (tokens, experts of a token) are read and decided on."""
+    n_tokens, top_k = shape
+    space.room_for(n_tokens * top_k)
+    memory = experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
+    record_bytes = np.array(experts.record_bytes, np.int64)
+    return Slate(
+        space, desk, experts.lanes.addresses[space.index], shape, exchange, *memory, experts.stats, record_bytes
+    )
+
+
 class AtOnce:
     """Plans calls of few tokens of all layers by `read_and_choose`."""
 
@@ -219,7 +235,6 @@ class AtOnce:
         n_layers = len(experts.layers)
         self.read_and_choose, self.settle_call = read_and_choose, settle_call
         assert experts.stats.issued.size == n_layers * planner.n_experts
-        self._record_bytes = np.array(experts.record_bytes, np.int64)
         self.slates: list[Slate | None] = [None] * n_layers
         """Each layer's, of its latest call that was decided so."""
         self.foretells = lookahead is not None and planner.layers_ahead > 0 and not planner.all_cached
@@ -252,7 +267,9 @@ class AtOnce:
         slate = self.slates[index]
         known = slate is not None and slate.desk is desk and slate.buffers is space.buffers
         if slate is None or not known or slate.exchange is not exchange or slate.shape != (n_tokens, top_k):
-            slate = self.slates[index] = self._new_slate(space, desk, (n_tokens, top_k), exchange)
+            if self.read_and_choose is read_and_choose:
+                self.read_and_choose, self.settle_call = straight(read_and_choose), straight(settle_call)
+            slate = self.slates[index] = new_slate(self.experts, space, desk, (n_tokens, top_k), exchange)
         ahead = self._ahead[index] if self._ahead_of[index] == self.experts.step else NOTHING_AHEAD
         predictions, given_at, scores_at, n_given = ahead
         use, choice = model.use, slate.choice
@@ -299,6 +316,53 @@ class AtOnce:
             experts.record_bytes,
         )  # fmt: skip
 
+    # For compiled code that decides on several layers --------------------------------------------------------------
+
+    def arrive(self, layer: int) -> tuple[int, int, float]:
+        """The forecast is told that a call of one token of a layer arrives: what `choose_at_once` is told of the step
+        (now, run, horizon)."""
+        desk = self.planner.desk
+        assert desk is not None
+        model = desk.model
+        if model.last_layer >= layer or not model.few:
+            model.arrive_few(layer)
+        return model.use.now, model.use.run - 1, desk.residency.horizon
+
+    def handed_on(self, space: CallSpace, slate: Slate, phase: Phase, n_active: int, call: SentCall) -> Choice:
+        """What compiled code has found HANDS_ON for, as `choose` leaves it; slate: what it has decided by."""
+        choice, top_k = slate.choice, slate.shape[1]
+        choice.n_active, choice.n_awaited, choice.is_planned = n_active, HANDS_ON, True
+        choice.n_cpu = choice.n_accel = choice.n_moved = choice.n_fetched = 0
+        self.slates[space.index] = slate
+        space.filled(1, top_k, n_active, call.hidden, call.exchange.hidden, slate.inputs, slate.rows)
+        self.experts.expect(space, phase, ())
+        return choice
+
+    def first_row(self, phase: Phase) -> int:
+        """The row of `StatsRecorder.rows` of the first layer."""
+        return self._row_of(phase, 0)
+
+    def gates(self) -> GateStack | None:
+        """The gates that foretell, where calls are decided with what they tell."""
+        return self._lookahead.stack if self.foretells and self._lookahead is not None else None
+
+    def foretold_for(self, layer: int, top_k: int) -> Ahead:
+        """Where the prediction lies that a call of one token of a layer is decided with: always in the same place."""
+        target, gates = layer + self.planner.layers_ahead, self.gates()
+        if gates is None or layer == 0 or target >= len(self._ahead):
+            return NOTHING_AHEAD
+        space = gates.space(target, target, top_k)
+        ids, scores = space.ids[0], space.scores[0]
+        return space.predictions, ids.ctypes.data, scores.ctypes.data, ids.size
+
+    def was_told(self, layer: int, ahead: Ahead) -> bool:
+        """Whether the prediction for a layer of this step is there, at this place."""
+        return self._ahead_of[layer] == self.experts.step and self._ahead[layer][1:] == ahead[1:]
+
+    def tell(self, layer: int, ahead: Ahead) -> None:
+        """The prediction for a layer of this step is at this place."""
+        self._ahead[layer], self._ahead_of[layer] = ahead, self.experts.step
+
     def _row_of(self, phase: Phase, layer: int) -> int:
         """Of `StatsRecorder.rows`, by number."""
         return layer if phase == "prefill" else layer + len(self.slates)
@@ -320,12 +384,3 @@ class AtOnce:
                     addresses = ids.ctypes.data, scores.ctypes.data
                     self._ahead[index + 1] = (prediction,), *addresses, ids.size
                 self._ahead_of[index + 1] = self.experts.step
-
-    def _new_slate(self, space: CallSpace, desk: Desk, shape: tuple[int, int], exchange: Exchange | None) -> Slate:
-        n_tokens, top_k = shape
-        if self.read_and_choose is read_and_choose:
-            self.read_and_choose, self.settle_call = straight(read_and_choose), straight(settle_call)
-        space.room_for(n_tokens * top_k)
-        memory = self.experts.workspace.of_few(n_tokens, top_k, space.layer.spec.hidden)
-        addresses, stats = self.experts.lanes.addresses[space.index], self.experts.stats
-        return Slate(space, desk, addresses, shape, exchange, *memory, stats, self._record_bytes)

@@ -14,7 +14,7 @@ from cpu_kernels.backends.warm import warm_call_ends
 from cpu_kernels.engine.routed import FLOATS, NO_PLACE, read_call
 from cpu_kernels.jit.primitives import float_from_bits
 from scheduler.balancing.problem import ACCEL, CPU
-from scheduler.compiled import keep_on_disk
+from scheduler.compiled import keep_on_disk, once_for_all_values
 from scheduler.planner.decide import SLOT, new_plan
 from scheduler.slots import RESIDENT
 
@@ -32,8 +32,15 @@ HIT, ON_ITS_WAY = 0, 1
 
 def with_gil(function: Function) -> Function:
     """Compiles a function that is over before another thread could be given the interpreter's lock, and keeps it."""
-    made = numba.njit(fastmath={"reassoc", "contract", "nsz"})(function)
+    made = once_for_all_values(numba.njit(fastmath={"reassoc", "contract", "nsz"})(function))
     keep_on_disk(made, "hybrimoe", "cpu_kernels", "scheduler")
+    return cast(Function, made)
+
+
+def without_gil(function: Function) -> Function:
+    """Compiles a function that waits, and lets other threads have the interpreter's lock meanwhile."""
+    made = numba.njit(nogil=True, error_model="numpy")(function)
+    keep_on_disk(made, "hybrimoe", "cpu_kernels", "gpu_kernels", "scheduler")
     return cast(Function, made)
 
 

@@ -154,9 +154,9 @@ class Lanes:
         plans in which one expert takes over another's slot."""
         if transfers:
             self.start_transfers(transfers, space.step, traced=False)
-        if n_accel and call.replay is not None:
+        if n_accel and call.graph is not None:
             timed = not space.step % OBSERVE_EVERY
-            end = call.accelerator.launch(call.replay, awaited, timed=timed)
+            end = call.accelerator.launch(call.graph.replay, awaited, timed=timed)
             if end is not None:
                 space.ends.append(end)
                 space.stands_for, space.recorded = OBSERVE_EVERY, True

@@ -125,13 +125,18 @@ class GateStack:
 
     def predict(self, x: Floats, first: int, last: int, top_k: int) -> tuple[Prediction, ...]:
         """Layers `first`..`last` from one token's hidden state float32 [H]; the next call of them fills it anew."""
-        space = self.spaces.get((first, last, top_k))
-        if space is None:
-            space = self.spaces[first, last, top_k] = PredictionSpace(first, last, min(top_k, self.weights.shape[1]))
+        space = self.space(first, last, top_k)
         predict_token(
             self.halves, self.bias, self.correction, self.corrected, self.scoring, x, first, space.ids, space.scores
         )
         return space.predictions
+
+    def space(self, first: int, last: int, top_k: int) -> PredictionSpace:
+        """Where predictions for these layers lie."""
+        space = self.spaces.get((first, last, top_k))
+        if space is None:
+            space = self.spaces[first, last, top_k] = PredictionSpace(first, last, min(top_k, self.weights.shape[1]))
+        return space
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +174,11 @@ class Lookahead:
     def stacked(self) -> bool:
         """Whether all gates are known, and predict from the host's copy of the hidden states alone."""
         return self._stack is not None
+
+    @property
+    def stack(self) -> GateStack | None:
+        """All gates, where they are known and of one shape."""
+        return self._stack
 
     def learned(self, layer: int) -> bool:
         """True once `learn` was called for the layer."""

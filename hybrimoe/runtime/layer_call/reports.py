@@ -45,6 +45,11 @@ class Reports:
         """The latest call, until the planner is told of its end."""
         self._unreported: deque[CallSpace] = deque()
 
+    @property
+    def has_news(self) -> bool:
+        """Whether `collect` may have something to tell, copies aside."""
+        return self.finished is not None or bool(self._unreported)
+
     def collect(self, phase: Phase) -> None:
         """What has ended since the last call: copies, then the layer before, then work on accelerators.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,13 +9,14 @@ import torch
 
 from gpu_kernels import TorchAccelerator
 from gpu_kernels.exchange import Exchange
+from gpu_kernels.graphs import Graph
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SentCall:
     """The tensors of a call of `layer` on the device, which `exchange` carries to the host and its output back.
 
-    runner: the `ExpertsCall` for whose slots it was recorded. replay: launches the experts that have slots (recorded by
+    runner: the `ExpertsCall` for whose slots it was recorded. graph: of the experts that have slots (recorded by
     `TorchAccelerator.compute_exchanged`); None where nothing has one.
     """
 
@@ -27,4 +27,4 @@ class SentCall:
     hidden: torch.Tensor
     ids: torch.Tensor
     weights: torch.Tensor
-    replay: Callable[[], None] | None
+    graph: Graph | None

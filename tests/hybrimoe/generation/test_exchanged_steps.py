@@ -159,7 +159,7 @@ def test_without_slots_nothing_but_the_sum_is_the_cards(run: Callable[..., Watch
     with fake_cards(1) as cards:
         found = run(cards, gpu_expert_slots=0)
         assert found.tokens == expected
-        assert [place.sent.replay for place in found.sent] == [None] * N_LAYERS
+        assert [place.sent.graph for place in found.sent] == [None] * N_LAYERS
         assert found.stats.by_phase["decode"].cpu_experts == 2 * STEPS * N_LAYERS
 
 

@@ -34,7 +34,7 @@ class Twins:
         planner, accelerator, runner = session.planner, session.accelerators[0], session._runner
         assert isinstance(planner, Planner)
         assert runner is not None
-        at_once = runner._at_once
+        at_once = runner.at_once
         assert at_once is not None
         self.planner, self.parts = planner, copy.deepcopy(planner)
         self.parts.desk = None

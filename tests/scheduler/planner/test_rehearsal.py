@@ -32,8 +32,10 @@ PARTS_OF_OTHERS = NOT_OURS[:4]
 ELSEWHERE = (
     "scheduler.balancing.problem.accept", "scheduler.forecast.use_model.observe_use",
     "scheduler.forecast.use_model.foretell", "scheduler.forecast.value_model.keep_by_use",
+    "scheduler.batching.", "scheduler.recording.", "scheduler.simulator.", "scheduler.traces.",
 )  # fmt: skip
-"""What no plan calls: a check of costs that somebody gives, and what host memory is worth (`host_worth.make_ready`)."""
+"""What no plan calls: a check of costs that somebody gives, what host memory is worth (`host_worth.make_ready`), and
+what asks traces, which a process has imported if it was forked from one that does."""
 
 UNPREPARED = """
 import ast

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from gpu_kernels.driver.functions import SWITCH
 from hybrimoe.bench.gpu_check.setting import EMULATED, Setting
 from hybrimoe.bench.model.sources import RandomSource
 from hybrimoe.config.deploy import DeployConfig, load_config
@@ -54,6 +56,25 @@ def opened(
         model.hybrimoe.session.close()
         del model
         gc.collect()
+
+
+@contextmanager
+def python_between_pieces(wanted: bool = True) -> Iterator[None]:
+    """Models that are loaded within the block have Python run between the pieces of captured steps."""
+    before = os.environ.get(SWITCH)
+    if wanted:
+        os.environ[SWITCH] = "0"
+    try:
+        yield
+    finally:
+        if wanted:
+            os.environ.pop(SWITCH, None)
+            os.environ.update({} if before is None else {SWITCH: before})
+
+
+def n_looped(generator: TextGenerator) -> int:
+    """Decode steps that one compiled call has run, from the first piece to the last."""
+    return int(getattr(generator.model.hybrimoe.step, "n_looped", 0))
 
 
 def step_way(generator: TextGenerator) -> str:

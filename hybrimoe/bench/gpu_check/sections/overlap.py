@@ -14,6 +14,8 @@ from hybrimoe.bench.gpu_check.setting import Setting
 from hybrimoe.generation import PrefixCache, TextGenerator
 
 SHARE, DTYPE = 0.25, "int4"
+PYTHON = "Python between the pieces"
+"""Of a captured step: what one compiled call does else, where it can."""
 SHOWN_KERNELS = 12
 SHOWN_CALLS = 12
 PROMPTS = 3
@@ -30,16 +32,18 @@ def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
         raise SkippedError("the emulated device makes no calls of a driver")
     first = setting.policies[0]
     cases = [(policy, SHARE, "auto") for policy in setting.policies]
-    for policy, share, way in [(first, SHARE, "transformers"), *cases, (first, 1.0, "auto")]:
+    for policy, share, way in [(first, SHARE, "transformers"), (first, SHARE, PYTHON), *cases, (first, 1.0, "auto")]:
         what = f"{policy}, {share:.0%} slots" + ("" if way == "auto" else f", {way}")
         if not findings.time_for(what):
             return
         with (
             findings.part(what),
+            models.python_between_pieces(way == PYTHON),
             models.opened(
-                setting, setting.accelerator, DTYPE, policy=policy, share=share, dense_dtype="auto", step=way
+                setting, setting.accelerator, DTYPE, policy=policy, share=share, dense_dtype="auto",
+                step="auto" if way == PYTHON else way,
             ) as generator,
-        ):
+        ):  # fmt: skip
             _steps(setting, findings, what, generator, watch)
             if way == "auto" and policy == first:
                 _prompt(setting, findings, what, generator, watch)
@@ -47,7 +51,6 @@ def run(setting: Setting, findings: Findings, watch: Watch = profile) -> None:
 
 def _steps(setting: Setting, findings: Findings, what: str, generator: TextGenerator, watch: Watch) -> None:
     """Some steps by the clock, then as many in the profiler."""
-    findings.row("decode steps", what=what, way=models.step_way(generator))
     step = _decoding(generator, models.prompt(setting))
     for _ in range(setting.new_tokens):
         step()
@@ -57,7 +60,8 @@ def _steps(setting: Setting, findings: Findings, what: str, generator: TextGener
     for _ in range(setting.new_tokens):
         step()
     plain_us = (time.perf_counter() - started) * 1e6 / setting.new_tokens
-    stats = session.stats().total
+    stats, looped = session.stats().total, models.n_looped(generator)
+    findings.row("decode steps", what=what, way=models.step_way(generator), steps_by_one_compiled_call=looped)
     seen = watch(lambda: [step() for _ in range(setting.new_tokens)])
     tokens, layers = setting.new_tokens, setting.layers
     findings.row(

@@ -22,6 +22,7 @@ from hybrimoe.dense.place import dense_device, move
 
 DTYPE = "int4"
 TRIAL_TOKENS = 2
+BY_PYTHON = ", Python between the pieces"
 ALL_LAYERS = -1
 """llama.cpp's word for all layers on the device, where it is built for one."""
 
@@ -98,11 +99,11 @@ def _openers(setting: Setting, findings: Findings) -> list[Callable[[ExitStack],
         f" of chance; experts {DTYPE} in the hybrid models, bfloat16 in transformers"
     )
     openers: list[Callable[[ExitStack], Any]] = [partial(_plain, setting, source)]
-    for share, step in [*((share, "auto") for share in setting.speed_shares), *_uncaptured(setting)]:
+    cases = [(share, "auto", "") for share in setting.speed_shares]
+    for share, step, more in [*cases, *_otherwise(setting)]:
         deployment = models.deployment(setting.accelerator, DTYPE, "ours", share, step=step)
         make = partial(source.hybrid, deployment, lambda *_: None)
-        label = f"hybrid, {share:.0%} slots" + ("" if step == "auto" else ", steps not captured")
-        openers.append(partial(_hybrid, label, make, source.tokenizer))
+        openers.append(partial(_hybrid, f"hybrid, {share:.0%} slots{more}", make, source.tokenizer, more == BY_PYTHON))
     if all(importlib.util.find_spec(name) for name in ("llama_cpp", "gguf")):
         openers.append(partial(_llama_cpp, setting, source))
     else:
@@ -110,9 +111,16 @@ def _openers(setting: Setting, findings: Findings) -> list[Callable[[ExitStack],
     return openers
 
 
-def _uncaptured(setting: Setting) -> list[tuple[float, str]]:
-    """The largest share once more, without captured steps: what they bring."""
-    return [] if setting.emulated else [(setting.speed_shares[-1], "transformers")]
+def _otherwise(setting: Setting) -> list[tuple[float, str, str]]:
+    """What captured steps bring: the largest share once more without them; and what it brings that one compiled call
+    runs them: a share with which host and card divide the experts, by Python."""
+    if setting.emulated:
+        return []
+    divided = [share for share in setting.speed_shares if 0.0 < share < 1.0]
+    return [
+        (setting.speed_shares[-1], "transformers", ", steps not captured"),
+        *((share, "auto", BY_PYTHON) for share in divided[:1]),
+    ]
 
 
 def _plain(setting: Setting, source: Any, stack: ExitStack) -> contenders.Contender:
@@ -123,8 +131,11 @@ def _plain(setting: Setting, source: Any, stack: ExitStack) -> contenders.Conten
     return contenders.plain("transformers", model, source.tokenizer)
 
 
-def _hybrid(label: str, make: Callable[[], Any], tokenizer: Any, stack: ExitStack) -> contenders.Contender:
-    return stack.enter_context(contenders.hybrid(label, make, tokenizer))
+def _hybrid(
+    label: str, make: Callable[[], Any], tokenizer: Any, by_python: bool, stack: ExitStack
+) -> contenders.Contender:
+    with models.python_between_pieces(by_python):
+        return stack.enter_context(contenders.hybrid(label, make, tokenizer))
 
 
 def _llama_cpp(setting: Setting, source: Any, stack: ExitStack) -> contenders.LlamaCpp:
