@@ -27,7 +27,7 @@ from gpu_kernels.driver.queued import QueuedCopy
 from gpu_kernels.errors import ClosedError, LostError, SlotError
 from gpu_kernels.exchange import Exchange
 from gpu_kernels.fused_choice import Group, RowsOfCall, load_fused
-from gpu_kernels.resident import run_resident, run_resident_prompt
+from gpu_kernels.resident import PromptWork, expected_tokens, run_resident, run_resident_prompt
 from gpu_kernels.slot_events import SlotEvents
 from gpu_kernels.streams import clock_us
 from gpu_kernels.torch_events import DeviceEvent, DoneEvent, TimeOrigin, on_stream
@@ -238,6 +238,81 @@ class TorchAccelerator:
             if end is not None:
                 end.end.record(stream)
         return None if found is None else (*found, end or DoneEvent(start_us, clock_us()))
+
+    def can_run_prompt(self, spec: ExpertSpec, shape: torch.Size, n_experts: int) -> bool:
+        """Whether the kernel for ids of a shape [T, k] was found right before, so that `prompt_work` may be called."""
+        return self._fused is not None and self._fused.is_right(spec, expected_tokens(shape, n_experts))
+
+    def prompt_work(
+        self, spec: ExpertSpec, n_experts: int, hidden: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor
+    ) -> tuple[PromptWork, torch.Tensor]:
+        """The rows of a call of many tokens sorted by experts, and `PromptWork.scores`, on the current stream;
+        `run_part` and `prompt_output` follow."""
+        with torch.no_grad(), self.current():
+            work = PromptWork.of(spec, n_experts, hidden, ids, weights)
+            return work, work.scores(n_experts, ids)
+
+    def mark(self) -> Event:
+        """The end of all that the current stream was given."""
+        if self._synchronous:
+            return LANDED
+        stream, event = torch.accelerator.current_stream(self.device), self._device_event()
+        event.start.record(stream)
+        event.end.record(stream)
+        return event
+
+    def stage(self, first_slot: int, runs: Sequence[tuple[int, ByteArray]], after: Event) -> Event:
+        """Submits copies of records into slots from `first_slot` on: uint8 [n, bytes] of the host, page-locked, each so
+        many slots behind the first. They wait for `after`, and for nothing else that reads the slots."""
+        self._check_open()
+        start_us = clock_us()
+        done: DeviceEvent | DoneEvent = DoneEvent(start_us, start_us) if self._synchronous else self._device_event()
+        for at, records in runs:
+            for slot in range(first_slot + at, first_slot + at + len(records)):
+                self._events.on_write(slot, done)
+        if not isinstance(done, DeviceEvent):
+            self._put_runs(first_slot, runs)
+            return DoneEvent(start_us, clock_us())
+        stream = self._copy_stream
+        assert stream is not None
+        with on_stream(stream):
+            if isinstance(after, DeviceEvent):
+                stream.wait_event(after.end)
+            done.start.record(stream)
+            self._put_runs(first_slot, runs)
+            done.end.record(stream)
+        return done
+
+    def _put_runs(self, first_slot: int, runs: Sequence[tuple[int, ByteArray]]) -> None:
+        for at, records in runs:
+            n, n_bytes = records.shape
+            target = self._slots[first_slot + at : first_slot + at + n, :n_bytes]
+            target.copy_(torch.from_numpy(records), non_blocking=True)
+
+    def run_part(self, work: PromptWork, begin: int, slot_of: Array, filled: Sequence[Event]) -> Event:
+        """Submits the experts from `begin` on, each from its slot (int32 [n]), behind the copies `filled`; its end."""
+        start_us = clock_us()
+        assert self._fused is not None
+        with torch.no_grad(), self.current():
+            (places,) = self._uploads.send(slot_of)
+            if self._synchronous:
+                work.run(self._slots, places, begin, begin + len(slot_of), self._fused)
+                return DoneEvent(start_us, clock_us())
+            stream, end = torch.accelerator.current_stream(self.device), self._device_event()
+            for write in filled:
+                if isinstance(write, DeviceEvent) and not write.ended:
+                    stream.wait_event(write.end)
+            end.start.record(stream)
+            work.run(self._slots, places, begin, begin + len(slot_of), self._fused)
+            end.end.record(stream)
+            self._read_by = stream
+            return end
+
+    def prompt_output(self, work: PromptWork) -> torch.Tensor:
+        """`PromptWork.output` on the current stream."""
+        assert self._fused is not None
+        with torch.no_grad(), self.current():
+            return work.output(self._fused)
 
     def tune(self, spec: ExpertSpec, seconds: float) -> bool:
         """Chooses how the fused kernels are cut for such experts, in so many seconds at most; see `FusedChoice.tune`.

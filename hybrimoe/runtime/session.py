@@ -38,6 +38,7 @@ from hybrimoe.runtime.lossy.startup import lossy_call
 from hybrimoe.runtime.lost import DEVICE_ERRORS, as_lost, go_on_without, lost_of, why_it_ends
 from hybrimoe.runtime.resident import ResidentExperts, find_resident
 from hybrimoe.runtime.snapshot import snapshot
+from hybrimoe.runtime.staged import StagedPrompts, find_staged
 from hybrimoe.runtime.startup.backends import backend_for, close_all, cpu_threads, open_devices
 from hybrimoe.runtime.startup.budget import PlannedMemory, planned_memory
 from hybrimoe.runtime.startup.startup import Frequencies, Startup
@@ -74,6 +75,8 @@ class Session:
         self._accelerators: tuple[Accelerator, ...] = ()
         self._units: list[Unit] = []
         self._resident: ResidentExperts | None = None
+        self._staged: StagedPrompts | None = None
+        self._staged_of: ExpertsCall | None = None
         self._exchanged: ExchangedExperts | None = None
         self._runner: ExpertsCall | None = None
         self._stats = StatsRecorder(0, 0)
@@ -222,6 +225,13 @@ class Session:
                             output = resident.run_prompt(layer, hidden, top_k_index, top_k_weights)
                             if output is not None:
                                 return output
+                        staged = self.staged()
+                        if staged is not None:
+                            output = staged.run(layer, hidden, top_k_index, top_k_weights)
+                            if output is not None:
+                                return output
+                    if self._staged is not None:
+                        self._tell_of_prompts()
                     return runner.run(layer, hidden, top_k_index, top_k_weights)
                 except DEVICE_ERRORS as error:
                     self._go_on_after(error, hidden)
@@ -232,6 +242,8 @@ class Session:
             runner = self._runner
             if runner is call.runner and runner is not None and runner.consistent:
                 try:
+                    if self._staged is not None:
+                        self._tell_of_prompts()
                     runner.run_sent(call)
                     return
                 except DEVICE_ERRORS as error:
@@ -247,6 +259,7 @@ class Session:
             if runner is not loop.runner or runner is None or not runner.consistent:
                 return None
             try:
+                self._tell_of_prompts()
                 return loop.run(at, launched=launched)
             except DEVICE_ERRORS as error:
                 at = loop.at
@@ -603,9 +616,22 @@ class Session:
             if runner.routing_recorder is not None or runner.experts.tracing or self._sink is not None:
                 return None
             if self._resident is None or self._resident.runner is not runner:
-                self._report_prompts()
+                self._count_resident()
                 self._resident = find_resident(runner, self._units)
             return self._resident
+
+    def staged(self) -> StagedPrompts | None:
+        """What streams prompts through some of the slots, where that is possible and layer calls are exact and watched
+        by nobody; the same object as long as that holds."""
+        with self._lock:
+            runner = self._runner
+            if runner is None or not runner.consistent or self._closed or self._sink is not None:
+                return None
+            if runner.routing_recorder is not None or runner.experts.tracing:
+                return None
+            if self._staged_of is not runner:
+                self._staged_of, self._staged = runner, find_staged(runner, self._units)
+            return self._staged
 
     def exchanged(self) -> ExchangedExperts | None:
         """What carries calls of layers between a recorded step and the host, where one torch device has the slots and
@@ -682,8 +708,17 @@ class Session:
 
     def _report_prompts(self) -> None:
         """Counts the calls that a device has computed by itself."""
+        self._count_resident()
+        self._tell_of_prompts()
+
+    def _count_resident(self) -> None:
         if self._resident is not None and self._lost is None:
             self._resident.report(self._stats)
+
+    def _tell_of_prompts(self) -> None:
+        """Tells the planner of the calls that it has not planned, before it plans the next one."""
+        if self._staged is not None and self._staged.untold and self._lost is None:
+            self._staged.report(self._stats)
 
     def _recover(self, broken: ExpertsCall, n_slots: int | None = None) -> None:
         """After a failed or interrupted call: waits for the lanes, forgets the slots, keeps costs and counters.
@@ -717,6 +752,7 @@ class Session:
             raise LostError(f"{error}. {ending}") from error
         go_on_without(error, self._accelerators, runner)
         self._accelerators, self._units, self._resident, self._exchanged = (), [], None, None
+        self._staged = self._staged_of = None
         self._stats.failures += 1
         self._stats.forget_slots()
         self._tracker.restart()

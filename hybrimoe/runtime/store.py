@@ -107,6 +107,14 @@ class ExpertStore:
         """Whether its memory is page-locked, so that a device reads it by itself."""
         return is_locked(self._buffer)
 
+    def all_records(self, layer: int) -> ByteArray | None:
+        """uint8 [num_experts, record_bytes]: a layer's records in one piece; None where they do not lie so."""
+        size, addresses = self._layers[layer].spec.record_bytes, self._addresses[layer]
+        if self._released or (np.diff(addresses) != size).any():
+            return None
+        first = int(addresses[0]) - self._buffer.ctypes.data
+        return self._buffer[first : first + len(addresses) * size].reshape(len(addresses), size)
+
     def addresses(self, layer: int) -> npt.NDArray[np.uint64]:
         """uint64 [num_experts]: where each record of a layer starts."""
         return self._addresses[layer]

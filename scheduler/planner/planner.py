@@ -40,7 +40,7 @@ from scheduler.prefetch import PREFETCH_POLICIES
 from scheduler.prefetch.base import PrefetchPolicy
 from scheduler.prefetch.value import ValuePrefetch
 from scheduler.setting import Scorer, Setting, make
-from scheduler.slots import SlotTable
+from scheduler.slots import IN_FLIGHT, PINNED, RESIDENT, SlotTable
 
 Floats = npt.NDArray[np.float64]
 
@@ -266,6 +266,29 @@ class Planner:
         """
         few = n_tokens <= FEW_TOKENS and n_most <= MAX_ACTIVE
         return self.desk if few and self._known[layer] else None
+
+    def lend(self, n: int) -> bool:
+        """Empties the last ``n`` slots, which somebody else fills, without a plan, until the next decision. False, with
+        nothing done, where one of them is in use or under way."""
+        slots = self.slots
+        if (slots.state[slots.n_slots - n :] >= PINNED).any() or (slots.state[slots.n_slots - n :] == IN_FLIGHT).any():
+            return False
+        for slot in range(slots.n_slots - n, slots.n_slots):
+            if slots.state[slot] == RESIDENT:
+                key = slots.free(slot)
+                if self.cache.tracks_slots:
+                    self.cache.evicted(key)
+        return True
+
+    def saw(self, demand: Demand) -> None:
+        """A layer's routing that was computed without a plan: the forecast and the policies learn from it."""
+        for observe in self._observing:
+            observe(demand)
+        forecast = self._setting.forecast
+        if forecast is not None:
+            forecast.arrive(demand)
+            forecast.follow(demand)
+            self._known[demand.layer] |= demand.expert_ids.size > 0 and self._placements[demand.layer] == "hybrid"
 
     def chosen(self, demand: Demand, counts: Sequence[int], makespan_us: float, n_awaited: int) -> PlanView:
         """The plan that ``choose_at_once`` has performed for a demand; the numbers are its answers, counts: how many

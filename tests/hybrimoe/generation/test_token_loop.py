@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
+import hybrimoe
 import hybrimoe.runtime.layer_call.call
 import hybrimoe.runtime.layer_call.lanes
 import hybrimoe.runtime.layer_call.reports
@@ -25,6 +26,7 @@ from gpu_kernels import LostError
 from gpu_kernels.driver.functions import COPY, LAUNCH
 from gpu_kernels.driver.functions import driver_of as real_driver_of
 from gpu_kernels.driver.queue import SLOTS, STRIDE
+from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.layer_call.call import ExpertsCall
 from hybrimoe.runtime.layer_call.slots import TransferQueue
@@ -35,9 +37,10 @@ from scheduler import HardwareProfile
 from scheduler.machine.profile import AccelProfile, CpuProfile, LinkProfile
 from tests.fake_device import Cards, ManualClock, fake_cards
 from tests.fake_device.driver import FakeDriver
+from tests.fake_device.fused import StreamedKernels
 from tests.fake_device.graphs import CardGraphs
 from tests.fake_device.streams import FakeStream, join
-from tests.hybrimoe.generation.test_on_cards import N_LAYERS, N_TOKENS, ONE, greedy, own_cache, save_model
+from tests.hybrimoe.generation.test_on_cards import N_LAYERS, N_TOKENS, ONE, PROMPT, greedy, own_cache, save_model
 
 __all__ = ["own_cache"]
 STEPS = N_TOKENS - 1
@@ -428,3 +431,37 @@ def test_tokens_of_a_real_card_are_those_of_the_cpu(
     assert step.n_steps == step.n_looped == STEPS, step._captured[-1].no_loop
     decode = stats.by_phase["decode"]
     assert (decode.accel_experts > 0) == (slots > 0)
+
+
+def test_prompts_that_stream_through_slots_and_tokens_by_the_loop_take_turns(
+    tmp_path: Path, byte_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second prompt: by the first, gates and kernels are known."""
+    monkeypatch.setattr("hybrimoe.runtime.startup.startup.measure_profile", lambda *args: FAST_LINK)
+    monkeypatch.setattr(StreamedKernels, "MAX_TOKENS", 1 << 20)
+    prompts = [PROMPT, PROMPT[::-1], PROMPT[10:] + PROMPT[:10]]
+
+    def replies(**options: Any) -> tuple[list[list[int]], Any]:
+        model = hybrimoe.load(
+            save_model(tmp_path / f"model {len(options)}", "float32"), progress=False, expert_dtype="float32",
+            backend="numba", policy="ours", **options,
+        )  # fmt: skip
+        generator, found = TextGenerator(model, byte_tokenizer, prefill_chunk_tokens=40), []
+        for prompt in prompts:
+            reply = generator.reply(prompt, SamplingOptions(temperature=0.0, max_new_tokens=6))
+            for _ in reply:
+                pass
+            found.append(reply.token_ids)
+        staged = model.hybrimoe.session.staged()
+        done = (0 if staged is None else staged.n_calls), getattr(model.hybrimoe.step, "n_looped", 0)
+        model.hybrimoe.session.close()
+        return found, done
+
+    expected, (none, _) = replies(accelerator="none")
+    assert none == 0
+    with fake_cards(1) as cards:
+        monkeypatch.setattr("hybrimoe.step.build.graphs_of", lambda device: CardGraphs(cards))
+        found, (n_calls, n_looped) = replies(accelerator=ONE, gpu_expert_slots=12)
+    assert found == expected
+    assert n_calls >= 2 * N_LAYERS
+    assert n_looped >= 5

@@ -98,12 +98,14 @@ def _prompt(setting: Setting, findings: Findings, what: str, generator: TextGene
         generator.forward(ids, PrefixCache(generator.model)).argmax().item()
 
     compute()
+    before = _streamed(generator)
     plain_us = median(_us(compute) for _ in range(PROMPTS))
     seen = watch(compute)
     layers, table = setting.layers, f"a prompt of {len(ids)} tokens, per layer"
     findings.row(
         table, what=what, us_unprofiled=round(plain_us / layers, 1),
         kernels_busy_us=_each(busy_us(seen.kernels), layers),
+        streamed=f"{_streamed(generator) - before} of {(PROMPTS + 1) * layers} layers",
         **{kind.replace(" ", "_"): _each(seen.called(kind), layers) for kind in CALLS},
         host_us_of_waits=_each(seen.spent_us("waits of the host"), layers),
         host_us_of_launches=_each(seen.spent_us("launches"), layers),
@@ -115,6 +117,12 @@ def _prompt(setting: Setting, findings: Findings, what: str, generator: TextGene
             f"kernels of a prompt of {len(ids)} tokens", what=what, kernel=name[:80], us_a_layer=_each(us, layers),
             launches_a_layer=_each(seen.kernel_calls[name], layers), us_each=_each(us, seen.kernel_calls[name]),
         )  # fmt: skip
+
+
+def _streamed(generator: TextGenerator) -> int:
+    """Layers of prompts whose experts have crossed the link without a plan."""
+    staged = generator.model.hybrimoe.session.staged()
+    return 0 if staged is None else int(staged.n_calls)
 
 
 def _us(work: Callable[[], object]) -> float:
