@@ -117,7 +117,7 @@ def load_fused() -> FusedChoice | None:
 
 class FusedChoice:
     """Runs groups by the fused kernels, and adds up rows, where these were found right. `add_up` None: always by
-    torch."""
+    torch. It belongs to one accelerator: what it launches on a device comes one after the other."""
 
     def __init__(self, module: FusedModule, add_up: AddsUp | None = None) -> None:
         self.module = module
@@ -125,6 +125,7 @@ class FusedChoice:
         self._right: dict[tuple[ExpertSpec, int], bool] = {}
         self._adds_up: dict[tuple[int, int, torch.dtype, bool], bool] = {}
         self._cuts: dict[tuple[ExpertSpec, int], Any] = {}
+        self._states: dict[torch.device, torch.Tensor] = {}
 
     def tune(self, spec: ExpertSpec, slots: torch.Tensor, seconds: float) -> bool:
         """Takes the cuts that are the fastest on the slots' device, by what was timed there before, and by timing the
@@ -135,10 +136,18 @@ class FusedChoice:
             return False
         chosen = tune(self.module, spec, slots.device, Timings.of(setting_of(slots.device)), time_us, seconds)
         changed = {(spec, block): cuts for block, cuts in chosen.items() if self._cuts.get((spec, block)) != cuts}
-        self._cuts |= changed
-        for kernel in changed:
-            self._right.pop(kernel, None)
+        for (_, block), cuts in changed.items():
+            self.take(spec, block, cuts, slots.device)
         return bool(changed)
+
+    def take(self, spec: ExpertSpec, block: int, cuts: Any, device: torch.device) -> None:
+        """Uses that cut for programs of `block` tokens from now on, which is compared with torch's on its next `run`.
+        Not while work is recorded."""
+        if cuts.single and device not in self._states:
+            self._states[device] = self.module.new_state(device)
+            wait_for_stream(device, "counters of kernels of one launch")
+        self._cuts[spec, block] = cuts
+        self._right.pop((spec, block), None)
 
     def cuts(self, spec: ExpertSpec, n_tokens: list[int]) -> Any | None:
         """The cut that was chosen for such a group; None: the default."""
@@ -221,6 +230,8 @@ class FusedChoice:
         more: dict[str, Any] = {} if cuts is None else {"cuts": cuts}
         if group.prepared is not None:
             more["prepared"] = group.prepared
+        if cuts is not None and cuts.single:
+            more["state"] = self._states[group.out.device]
         if group.most is not None:
             more["most"] = group.most
         self.module.run_group(

@@ -41,13 +41,18 @@ class TunedModule(Protocol):
         ...
 
     def candidates(self, spec: ExpertSpec, block: int, device: torch.device) -> Sequence[Any]:
-        """Cuts that may be the fastest for programs of `block` tokens, the default first; each has a `label`."""
+        """Cuts that may be the fastest for programs of `block` tokens, the default first; each has a `label`,
+        and says whether it is `single`, for one launch."""
+        ...
+
+    def new_state(self, device: torch.device) -> torch.Tensor:
+        """What cuts for one launch need beside a call's own memory, for calls that follow each other."""
         ...
 
     def run_group(
         self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
         rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
-        out: torch.Tensor, *, cuts: Any = None,
+        out: torch.Tensor, *, cuts: Any = None, state: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Computes the group's rows into `out`, by kernels cut as `cuts` says."""
         ...
@@ -170,11 +175,13 @@ def timer(module: TunedModule, spec: ExpertSpec, slots: torch.Tensor) -> TimesCu
         offsets = torch.arange(n_experts + 1, dtype=torch.int32, device=slots.device) * block
         hidden = torch.randn((block, spec.hidden), device=slots.device)
         weights, out = torch.rand(n_rows, device=slots.device), torch.empty((n_rows, spec.hidden), device=slots.device)
+        state = module.new_state(slots.device) if cuts.single else None
 
         def call(number: int) -> None:
             ids = order[number * n_experts : (number + 1) * n_experts]
             module.run_group(
-                spec, slots, ids, offsets, rows, [block] * n_experts, hidden, weights, n_experts, out, cuts=cuts
+                spec, slots, ids, offsets, rows, [block] * n_experts, hidden, weights, n_experts, out, cuts=cuts,
+                state=state,
             )  # fmt: skip
 
         call(0)

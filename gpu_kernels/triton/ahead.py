@@ -18,9 +18,10 @@ from gpu_kernels.triton import attention, fused
 from gpu_kernels.triton.cuts import Cuts, candidates
 from gpu_kernels.triton.launch import COMPILED_WITH
 
-OURS = ("slots_ptr", "x_ptr", "inner_ptr", "target_ptr")
+OURS = ("slots_ptr", "x_ptr", "inner_ptr", "target_ptr", "given_ptr", "codes_ptr", "state_ptr")
 """Memory that torch gives or `fused` aligns: always to 16 bytes."""
 POINTERS = {"rows_ptr": "*i64", "slots_ptr": "*i32", "slot_ids_ptr": "*i32", "offsets_ptr": "*i32"}
+POINTERS |= {"state_ptr": "*i32"}
 REALS = ("alpha", "gate_max", "act_max", "up_limit", "up_offset")
 ADDRESS = re.compile(r"/\*[0-9a-f]{4,5}\*/")
 LABEL = re.compile(r"^(\.L\w+):")
@@ -34,8 +35,11 @@ def cuts_on(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, nu
 
 
 def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, number: int = 0) -> list[Any]:
-    """Triton's results for the kernels of up and down, for programs of `block` tokens, cut as `cuts_on` says."""
+    """Triton's results for the kernels of up and down, for programs of `block` tokens, cut as `cuts_on` says; or for
+    the one that is both."""
     nvidia, chosen = target[0] == "cuda", cuts_on(target, spec, block, number)
+    if chosen.single:
+        return [_compiled(target, spec, *fused.single_variant(spec, chosen, nvidia))]
     return [
         _compiled(target, spec, *fused.up_variant(spec, block, chosen, nvidia)),
         _compiled(target, spec, *fused.down_variant(spec, block, chosen, nvidia)),
@@ -45,7 +49,7 @@ def compiled(target: tuple[str, int | str, int], spec: ExpertSpec, block: int, n
 def _compiled(target: tuple[str, int | str, int], spec: ExpertSpec, kernel: Any, options: dict[str, Any]) -> Any:
     known = POINTERS | dict.fromkeys(REALS, "fp32")
     if is_quantised(spec.dtype):
-        known |= {"x_ptr": "*i32", "inner_ptr": "*i32"}
+        known |= {"x_ptr": "*i32", "inner_ptr": "*i32", "codes_ptr": "*i32"}
     names = kernel.arg_names
     constants = {name: value for name, value in options.items() if name in names}
     types = {
@@ -101,13 +105,18 @@ def assembly(cubin: bytes) -> list[str]:
 
 def loop_of(lines: list[str]) -> list[str]:
     """The instructions of the longest loop, that over the columns: from a label to the jump back to it."""
-    labels, loops = {}, [[""]]
+    return max(loops_of(lines), key=len, default=[])
+
+
+def loops_of(lines: list[str]) -> list[list[str]]:
+    """The instructions of each loop, in order."""
+    labels, loops = {}, [[""]][:0]
     for number, line in enumerate(lines):
         if label := LABEL.match(line):
             labels[label[1]] = number
         elif (jump := JUMP.search(line)) and jump[1] in labels:
             loops.append(lines[labels[jump[1]] : number + 1])
-    return [line for line in max(loops, key=len) if ADDRESS.search(line)]
+    return [[line for line in loop if ADDRESS.search(line)] for loop in loops]
 
 
 def resources(cubin: bytes) -> dict[str, int]:

@@ -22,6 +22,9 @@ HOPPER = 9
 OVERLAP_FROM = (9, 0)
 """Compute capability of the first NVIDIA cards that start a kernel before the one before it has ended."""
 
+SINGLE_FROM = (8, 0)
+"""Compute capability of the first NVIDIA cards for which the kernel of one launch was compiled and read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -35,18 +38,20 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Both kernels' of a group. overlap: each may start, and read weights, before the one before it has ended."""
+    """Both kernels' of a group. overlap: each may start, and read weights, before the one before it has ended. single:
+    they are one launch (`gpu_kernels.triton.single`), whose programs all have up's warps, which are down's, too."""
 
     up: Cut
     down: Cut
     overlap: bool = False
+    single: bool = False
 
     @property
     def label(self) -> str:
         """A name that says all of it, for files and tables."""
         up, down = self.up, self.down
         text = f"up {up.units}u{up.warps}w, down {down.units}u{down.warps}w{down.rows}r"
-        return text + (", overlapping" if self.overlap else "")
+        return text + (", overlapping" if self.overlap else "") + (", one launch" if self.single else "")
 
 
 def capability_of(device: torch.device) -> tuple[int, int] | None:
@@ -61,7 +66,9 @@ def candidates(dtype: ExpertDtype, block: int, capability: tuple[int, int] | Non
         wide = dtype == "bfloat16" and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
         return (_WIDE_TILES if wide else _TILES,)
     overlap = CAN_OVERLAP and capability is not None and capability >= OVERLAP_FROM
-    return tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
+    several = tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
+    can_wait = block == 1 and capability is not None and capability >= SINGLE_FROM
+    return several + (_SINGLE[dtype] if can_wait else ())
 
 
 _ONE_FLOATS = (
@@ -81,6 +88,16 @@ _FEW: dict[int, dict[ExpertDtype, tuple[Cuts, ...]]] = {
         "float32": _ONE_FLOATS,
     },
     4: {"int4": _FOUR_QUANTISED, "int8": _FOUR_QUANTISED, "bfloat16": _FOUR_FLOATS, "float32": _FOUR_FLOATS},
+}  # fmt: skip
+_SINGLE: dict[ExpertDtype, tuple[Cuts, ...]] = {
+    "int4": (
+        Cuts(Cut(4, 16), Cut(4, 32, 32), single=True), Cuts(Cut(8, 32), Cut(8, 32, 32), single=True),
+    ),
+    "int8": (
+        Cuts(Cut(4, 8), Cut(4, 16, 32), single=True), Cuts(Cut(8, 16), Cut(8, 32, 32), single=True),
+    ),
+    "bfloat16": (Cuts(Cut(8, 32), Cut(8, 32, 32), single=True),),
+    "float32": (Cuts(Cut(8, 32), Cut(8, 32, 32), single=True),),
 }  # fmt: skip
 _TILES = Cuts(Cut(4), Cut(4, rows=64))
 _WIDE_TILES = Cuts(Cut(8), Cut(8, rows=64))

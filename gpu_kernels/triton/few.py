@@ -7,6 +7,11 @@ four rows in a line, and adds into registers of its own; the sum over columns is
 codes meet int8 activations in integer dot products of four bytes (dp4a, which the layout suits as it does vpdpbusd on
 the CPU), so a row's value is that of the CPU's kernels but for the order of summation. In both, codes become signed by
 one XOR: int4 codes stay in the high half of their byte, 16 times as large, which is taken back at the end.
+
+A program's first weights are on their way before it has its activations. BEFORE says what stands between the two: 0
+nothing; 1 the wait for the launch before; and in the kernel of one launch (`single`) 2 the rounding of a row of the
+input, which begins at given_ptr and has given_quads * 4 values, to the activations at x0; 3 the wait until count_ptr
+has n_awaited.
 """
 
 from __future__ import annotations
@@ -21,9 +26,11 @@ from gpu_kernels.triton.formats import (
     gated,
     int8_codes,
     record_of,
+    round_row,
     row_words,
     store_int8,
 )
+from gpu_kernels.triton.tickets import wait_for
 
 
 @triton.jit
@@ -110,8 +117,8 @@ def _over_columns(sums0, sums1, sums2, sums3, factor, TOKENS: tl.constexpr):
 
 @triton.jit
 def _quantised_rows(
-    matrix_ptr, n_blocks, x0, x1, x2, x3,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, INT4: tl.constexpr, OVERLAP: tl.constexpr,
+    matrix_ptr, n_blocks, x0, x1, x2, x3, given_ptr, given_quads, count_ptr, n_awaited,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, INT4: tl.constexpr, BEFORE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS] for each of four rows of activations (one, if TOKENS is 1). UNITS: groups at once."""
@@ -131,11 +138,15 @@ def _quantised_rows(
     words = _four_lines(word_ptrs, inside, NVIDIA)
     more_words = words if INT4 else _four_lines(word_ptrs + 64, inside, NVIDIA)
     bits = tl.load(scale_ptrs, mask=inside[:, None], other=0)
-    if OVERLAP:
+    sums0 = tl.zeros((UNITS, ROWS), tl.float32)
+    if BEFORE == 1:
         gdc_wait()
+    elif BEFORE == 2:
+        round_row(given_ptr, given_quads, x0, n_groups)
+    elif BEFORE == 3:
+        sums0 += wait_for(count_ptr, n_awaited)
     x0, x1 = x0.to(tl.pointer_type(tl.int64)), x1.to(tl.pointer_type(tl.int64))
     x2, x3 = x2.to(tl.pointer_type(tl.int64)), x3.to(tl.pointer_type(tl.int64))
-    sums0 = tl.zeros((UNITS, ROWS), tl.float32)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for first in range(0, n_groups, UNITS):
         now, more_now, scales = words, more_words, (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
@@ -175,8 +186,8 @@ def _add_floats(sums, words, x_ptr, column, n_columns, BFLOAT16: tl.constexpr):
 
 @triton.jit
 def _float_rows(
-    matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, BFLOAT16: tl.constexpr, OVERLAP: tl.constexpr,
+    matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, count_ptr, n_awaited,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, BFLOAT16: tl.constexpr, BEFORE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """float32 [ROWS] for each of four rows of activations (one, if TOKENS is 1). UNITS: times 4 lines at once."""
@@ -186,9 +197,11 @@ def _float_rows(
     units = tl.arange(0, UNITS)
     word_ptrs = matrix_ptr + units[:, None] * 64 + row_words(n_blocks, block_lines * 16, ROWS)[None, :]
     words = _four_lines(word_ptrs, 4 * units < n_lines, NVIDIA)
-    if OVERLAP:
-        gdc_wait()
     sums0 = tl.zeros((UNITS, ROWS), tl.float32)
+    if BEFORE == 1:
+        gdc_wait()
+    elif BEFORE == 3:
+        sums0 += wait_for(count_ptr, n_awaited)
     sums1, sums2, sums3 = sums0, sums0, sums0
     for first in range(0, n_lines, 4 * UNITS):
         now, line = words, first + 4 * units
@@ -204,17 +217,19 @@ def _float_rows(
 
 @triton.jit
 def _rows(
-    matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3,
-    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr, OVERLAP: tl.constexpr,
+    matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, given_ptr, given_quads, count_ptr, n_awaited,
+    ROWS: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr, BEFORE: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     if DTYPE < 2:
         sums = _quantised_rows(
-            matrix_ptr, n_blocks, x0, x1, x2, x3, ROWS, TOKENS, UNITS, DTYPE == 0, OVERLAP, NVIDIA
+            matrix_ptr, n_blocks, x0, x1, x2, x3, given_ptr, given_quads, count_ptr, n_awaited,
+            ROWS, TOKENS, UNITS, DTYPE == 0, BEFORE, NVIDIA,
         )  # fmt: skip
     else:
         sums = _float_rows(
-            matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, ROWS, TOKENS, UNITS, DTYPE == 2, OVERLAP, NVIDIA
+            matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, count_ptr, n_awaited,
+            ROWS, TOKENS, UNITS, DTYPE == 2, BEFORE, NVIDIA,
         )  # fmt: skip
     return sums
 
@@ -254,10 +269,62 @@ def _store_inner(value, inner_ptr, at, end, unit, inner_quads, inner_blocks, QUA
 
 
 @triton.jit
-def _token_row(x_ptr, x_quads, rows_ptr, at, end, top_k):
+def token_row(x_ptr, x_quads, rows_ptr, at, end, top_k):
     """Where the activations of a group's row begin; those of row 0 where there is none."""
     row = tl.load(rows_ptr + at, mask=at < end, other=0).to(tl.int32)  # dividing 64 bits takes a hundred cycles
     return x_ptr + (row // top_k).to(tl.int64) * (x_quads * 4)
+
+
+@triton.jit
+def up_columns(
+    record_ptr, unit, at, end, x0, x1, x2, x3, inner_ptr, inner_quads, n_columns, n_rows, n_blocks, inner_blocks,
+    gate_bias_word, up_bias_word, alpha, gate_max, act_max, up_limit, up_offset, given_ptr, given_quads,
+    TOKENS: tl.constexpr, UNITS: tl.constexpr, DTYPE: tl.constexpr, KIND: tl.constexpr, GATED: tl.constexpr,
+    HAS_BIAS: tl.constexpr, BEFORE: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """32 columns of the intermediate of one expert, for rows `at` to `end` of its group, TOKENS at most."""
+    block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
+    n_parts: tl.constexpr = 4 if GATED else 2
+    matrix_ptr = record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words)
+    sums = _rows(
+        matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, given_ptr, given_quads, inner_ptr, 0,
+        16 * n_parts, TOKENS, UNITS, DTYPE, BEFORE, NVIDIA,
+    )  # fmt: skip
+    for token in tl.static_range(TOKENS):
+        value = _finish_up(
+            sums[token], record_ptr, unit, n_rows, alpha, gate_max, act_max, up_limit, up_offset,
+            gate_bias_word, up_bias_word, KIND, GATED, HAS_BIAS,
+        )  # fmt: skip
+        _store_inner(value, inner_ptr, at + token, end, unit, inner_quads, inner_blocks, DTYPE < 2)
+
+
+@triton.jit
+def down_columns(
+    record_ptr, part, at, end, x_ptr, x_quads, rows_ptr, weights_ptr, out_ptr, n_columns, n_rows, n_blocks,
+    down_line, down_bias_word, count_ptr, n_awaited,
+    TOKENS: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BEFORE: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """ROWS columns of the result of one expert, for rows `at` to `end` of its group, TOKENS at most."""
+    block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
+    matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)
+    x0 = x_ptr + at.to(tl.int64) * (x_quads * 4)
+    x1 = x_ptr + tl.minimum(at + 1, end - 1).to(tl.int64) * (x_quads * 4)
+    x2 = x_ptr + tl.minimum(at + 2, end - 1).to(tl.int64) * (x_quads * 4)
+    x3 = x_ptr + tl.minimum(at + 3, end - 1).to(tl.int64) * (x_quads * 4)
+    sums = _rows(
+        matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, x_ptr, 0, count_ptr, n_awaited,
+        ROWS, TOKENS, UNITS, DTYPE, BEFORE, NVIDIA,
+    )  # fmt: skip
+    columns = part * ROWS + tl.arange(0, ROWS)
+    for token in tl.static_range(TOKENS):
+        value = sums[token]
+        if HAS_BIAS:
+            value += tl.load(record_ptr + down_bias_word + columns).to(tl.float32, bitcast=True)
+        inside = at + token < end
+        row = tl.load(rows_ptr + at + token, mask=inside, other=0)
+        value *= tl.load(weights_ptr + row, mask=inside, other=0.0)
+        tl.store(out_ptr + row * n_rows + columns, value, mask=inside & (columns < n_rows))
 
 
 @triton.jit(**ANY_CALL)
@@ -280,24 +347,17 @@ def up_kernel(
         if OVERLAP:
             gdc_wait()  # a launch that has ended says that those before it have
         return
-    block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
-    n_parts: tl.constexpr = 4 if GATED else 2
-    matrix_ptr = record_ptr + unit.to(tl.int64) * n_blocks * (n_parts * block_words)
-    x0 = _token_row(x_ptr, x_quads, rows_ptr, at, end, top_k)
+    x0 = token_row(x_ptr, x_quads, rows_ptr, at, end, top_k)
     x1, x2, x3 = x0, x0, x0
     if TOKENS == 4:
-        x1 = _token_row(x_ptr, x_quads, rows_ptr, at + 1, end, top_k)
-        x2 = _token_row(x_ptr, x_quads, rows_ptr, at + 2, end, top_k)
-        x3 = _token_row(x_ptr, x_quads, rows_ptr, at + 3, end, top_k)
-    sums = _rows(
-        matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, 16 * n_parts, TOKENS, UNITS, DTYPE, OVERLAP, NVIDIA
+        x1 = token_row(x_ptr, x_quads, rows_ptr, at + 1, end, top_k)
+        x2 = token_row(x_ptr, x_quads, rows_ptr, at + 2, end, top_k)
+        x3 = token_row(x_ptr, x_quads, rows_ptr, at + 3, end, top_k)
+    up_columns(
+        record_ptr, unit, at, end, x0, x1, x2, x3, inner_ptr, inner_quads, n_columns, n_rows, n_blocks, inner_blocks,
+        gate_bias_word, up_bias_word, alpha, gate_max, act_max, up_limit, up_offset, x_ptr, 0,
+        TOKENS, UNITS, DTYPE, KIND, GATED, HAS_BIAS, 1 if OVERLAP else 0, NVIDIA,
     )  # fmt: skip
-    for token in tl.static_range(TOKENS):
-        value = _finish_up(
-            sums[token], record_ptr, unit, n_rows, alpha, gate_max, act_max, up_limit, up_offset,
-            gate_bias_word, up_bias_word, KIND, GATED, HAS_BIAS,
-        )  # fmt: skip
-        _store_inner(value, inner_ptr, at + token, end, unit, inner_quads, inner_blocks, DTYPE < 2)
 
 
 @triton.jit(**ANY_CALL)
@@ -317,19 +377,7 @@ def down_kernel(
         if OVERLAP:
             gdc_wait()  # a launch that has ended says that those before it have
         return
-    block_words: tl.constexpr = 144 if DTYPE == 0 else (272 if DTYPE == 1 else (512 if DTYPE == 2 else 1024))
-    matrix_ptr = record_ptr + down_line * 16 + part.to(tl.int64) * n_blocks * (ROWS // 16 * block_words)
-    x0 = x_ptr + at.to(tl.int64) * (x_quads * 4)
-    x1 = x_ptr + tl.minimum(at + 1, end - 1).to(tl.int64) * (x_quads * 4)
-    x2 = x_ptr + tl.minimum(at + 2, end - 1).to(tl.int64) * (x_quads * 4)
-    x3 = x_ptr + tl.minimum(at + 3, end - 1).to(tl.int64) * (x_quads * 4)
-    sums = _rows(matrix_ptr, n_blocks, n_columns, x0, x1, x2, x3, ROWS, TOKENS, UNITS, DTYPE, OVERLAP, NVIDIA)
-    columns = part * ROWS + tl.arange(0, ROWS)
-    for token in tl.static_range(TOKENS):
-        value = sums[token]
-        if HAS_BIAS:
-            value += tl.load(record_ptr + down_bias_word + columns).to(tl.float32, bitcast=True)
-        inside = at + token < end
-        row = tl.load(rows_ptr + at + token, mask=inside, other=0)
-        value *= tl.load(weights_ptr + row, mask=inside, other=0.0)
-        tl.store(out_ptr + row * n_rows + columns, value, mask=inside & (columns < n_rows))
+    down_columns(
+        record_ptr, part, at, end, x_ptr, x_quads, rows_ptr, weights_ptr, out_ptr, n_columns, n_rows, n_blocks,
+        down_line, down_bias_word, x_ptr, 0, TOKENS, UNITS, ROWS, DTYPE, HAS_BIAS, 1 if OVERLAP else 0, NVIDIA,
+    )  # fmt: skip

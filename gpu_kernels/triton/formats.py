@@ -22,6 +22,7 @@ SILU, GELU, GELU_TANH, RELU, RELU2, SIGMOID, IDENTITY = 0, 1, 2, 3, 4, 5, 6
 PREPARED_GROUPS = 16
 """Groups of 32 columns that a program of `prepare_kernel` takes."""
 SIZES = ["n_columns", "n_rows", "n_blocks", "inner_blocks", "slot_lines", "x_quads", "inner_quads", "top_k"]
+SIZES += ["given_quads", "n_pairs"]
 PLACES = ["down_line", "gate_bias_word", "up_bias_word", "down_bias_word"]
 POINTERS = ["slot_ids_ptr", "offsets_ptr", "rows_ptr", "weights_ptr", "out_ptr", "source_ptr"]
 ANY_CALL = {"do_not_specialize": [*SIZES, *PLACES], "do_not_specialize_on_alignment": POINTERS}
@@ -80,6 +81,19 @@ def store_int8(row_ptr, groups, n_groups, codes, scales):
     code_ptrs = row_ptr.to(tl.pointer_type(tl.int8)) + groups[:, None] * 32 + tl.arange(0, 32)[None, :]
     tl.store(code_ptrs, codes, mask=inside[:, None])
     tl.store(row_ptr.to(tl.pointer_type(tl.float32)) + n_groups * 8 + groups, scales, mask=inside)
+
+
+@triton.jit
+def round_row(given_ptr, given_quads, row_ptr, n_groups):
+    """A row of float32 [given_quads * 4] as int8 activations at row_ptr, which the program that calls this has for
+    itself: behind the barrier all of its threads read what each has written."""
+    for first in range(0, n_groups, 64):
+        groups = first + tl.arange(0, 64)
+        columns = groups[:, None] * 32 + tl.arange(0, 32)[None, :]
+        x = tl.load(given_ptr + columns, mask=columns // 4 < given_quads, other=0.0)
+        codes, scales = int8_codes(x)
+        store_int8(row_ptr, groups, n_groups, codes, scales)
+    tl.debug_barrier()
 
 
 @triton.jit

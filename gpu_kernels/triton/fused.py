@@ -1,4 +1,5 @@
-"""Launches the fused kernels for a group of experts: gate, up and activation in one launch, down in another.
+"""Launches the fused kernels for a group of experts: gate, up and activation in one launch, down in another, or all in
+one (`single`), for one token an expert, where a card was found to be faster so.
 
 Two families, by the tokens of an expert: `few` reads each record once for 1 or 4 tokens, by integer or float sums in
 registers; `many` takes tiles of 16, 64 or 128 tokens to tensor cores. A third, small kernel brings a call's input into
@@ -15,7 +16,7 @@ from torch.nn import functional
 
 from cpu_kernels import ExpertDtype, ExpertSpec
 from cpu_kernels.format.layout import BLOCK_COLUMNS, GROUP, LINE_BYTES, is_quantised
-from gpu_kernels.triton import few, formats, many
+from gpu_kernels.triton import few, formats, many, single, tickets
 from gpu_kernels.triton.cuts import BLOCK_TOKENS, FEW_TOKENS, Cut, Cuts, capability_of
 from gpu_kernels.triton.cuts import candidates as cuts_for
 from gpu_kernels.triton.launch import COMPILED_WITH
@@ -58,6 +59,12 @@ def candidates(spec: ExpertSpec, block: int, device: torch.device) -> tuple[Cuts
     return cuts_for(spec.dtype, block, capability_of(device))
 
 
+def new_state(device: torch.device) -> torch.Tensor:
+    """Counters int32 for kernels of one launch. Calls that get the same ones must follow each other, on one stream or
+    with an event between them; each leaves them ready for the next."""
+    return torch.zeros(tickets.STATE_WORDS, dtype=torch.int32, device=device)
+
+
 def supports(spec: ExpertSpec) -> bool:
     """True for every activation in closed form, and the dtypes that have kernels (others are dequantised by torch)."""
     return spec.activation.kind in KINDS and spec.dtype in DTYPES
@@ -76,6 +83,7 @@ def run_group(
     spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor, rows: torch.Tensor,
     n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int, out: torch.Tensor, *,
     cuts: Cuts | None = None, prepared: dict[ExpertSpec, torch.Tensor] | None = None, most: int | None = None,
+    state: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Computes the rows of a group of experts.
 
@@ -85,12 +93,16 @@ def run_group(
     these experts are written, less those left out.
     cuts: of `candidates`, by default the first. prepared: where groups with the same `hidden` keep how the kernels for
     many tokens read it. most: rows that an expert may have, where `n_tokens` are only what is to be expected: so many
-    programs are then launched, of which those behind an expert's last row end at once.
+    programs are then launched, of which those behind an expert's last row end at once. state: of `new_state`; without
+    it cuts for one launch are made several, with the same order of sums.
     """
     layout, device = spec.layout, hidden.device
     words = slots.view(torch.int32)
     block = block_tokens(n_tokens)
     cuts = cuts or candidates(spec, block, device)[0]
+    if cuts.single and state is not None and _fits_one_launch(n_tokens, most):
+        _run_single(spec, cuts, (slots, slot_ids, offsets, rows), len(n_tokens), hidden, weights, top_k, out, state)
+        return
     shared = None if block <= FEW_TOKENS else prepared
     inner = _rows(spec, rows.numel(), layout.inter_padded, device)
     x = None if shared is None else shared.get(spec)
@@ -133,6 +145,40 @@ def down_variant(spec: ExpertSpec, block: int, cuts: Cuts, nvidia: bool) -> tupl
     return few.down_kernel, options | {"UNITS": cuts.down.units, "OVERLAP": cuts.overlap, "NVIDIA": nvidia}
 
 
+def single_variant(spec: ExpertSpec, cuts: Cuts, nvidia: bool) -> tuple[Any, dict[str, Any]]:
+    """The kernel of one launch for one token an expert, and what it is compiled for."""
+    options = _common(spec, 1, cuts.up, starts_early=False) | {"UNITS": cuts.up.units, "ROWS": cuts.down.rows}
+    options |= {"DOWN_UNITS": cuts.down.units, "KIND": KINDS[spec.activation.kind], "GATED": spec.activation.gated}
+    del options["TOKENS"]
+    return single.single_kernel, options | {"NVIDIA": nvidia}
+
+
+def _fits_one_launch(n_tokens: list[int], most: int | None) -> bool:
+    """Whether each expert has a row at most, and a counter."""
+    return max(n_tokens) == 1 and (most or 1) == 1 and len(n_tokens) <= tickets.MAX_PAIRS.value
+
+
+def _run_single(
+    spec: ExpertSpec, cuts: Cuts, group: tuple[torch.Tensor, ...], n_pairs: int, hidden: torch.Tensor,
+    weights: torch.Tensor, top_k: int, out: torch.Tensor, state: torch.Tensor,
+) -> None:  # fmt: skip
+    """`run_group` in one launch. group: slots, slot ids, offsets and rows."""
+    slots, *places = group
+    layout, words, given = spec.layout, slots.view(torch.int32), _aligned(spec, hidden)
+    n_units, n_parts = layout.inter_padded // UP_COLUMNS, layout.hidden_padded // cuts.down.rows
+    quantised = is_quantised(spec.dtype)
+    codes = _rows(spec, n_pairs * n_units, layout.hidden_padded, hidden.device) if quantised else given
+    inner = _rows(spec, places[-1].numel(), layout.inter_padded, hidden.device)
+    kernel, options = single_variant(spec, cuts, on_nvidia(hidden.device))
+    kernel[(n_pairs * (n_units + n_parts),)](
+        words, words.stride(0) * WORD_BYTES // LINE_BYTES, *places, given, codes, inner, weights, out, state,
+        *(rows.stride(0) // QUAD for rows in (given, codes, inner)), spec.hidden, spec.inter,
+        layout.hidden_padded // BLOCK_COLUMNS, layout.inter_padded // BLOCK_COLUMNS, top_k, n_pairs,
+        layout.gate_bias_offset // WORD_BYTES, layout.up_bias_offset // WORD_BYTES, layout.down_offset // LINE_BYTES,
+        layout.down_bias_offset // WORD_BYTES, *_limits(spec), **options,
+    )  # fmt: skip
+
+
 def _common(spec: ExpertSpec, block: int, cut: Cut, starts_early: bool) -> dict[str, Any]:
     options = {"TOKENS": block, "DTYPE": DTYPES[spec.dtype], "HAS_BIAS": spec.has_bias, "num_warps": cut.warps}
     options |= COMPILED_WITH
@@ -154,9 +200,7 @@ def _activations(spec: ExpertSpec, block: int, hidden: torch.Tensor, overlap: bo
     """The input as the kernels read it."""
     layout, quantised = spec.layout, is_quantised(spec.dtype)
     if not needs_preparation(spec, block):
-        if spec.hidden % QUAD or hidden.data_ptr() % (QUAD * WORD_BYTES):
-            hidden = functional.pad(hidden, (0, -spec.hidden % QUAD + QUAD))  # a copy in any case
-        return hidden
+        return _aligned(spec, hidden)
     x = _rows(spec, len(hidden), layout.hidden_padded, hidden.device)
     n_blocks = layout.hidden_padded // BLOCK_COLUMNS
     formats.prepare_kernel[(len(hidden), -(-n_blocks * GROUPS // formats.PREPARED_GROUPS))](
@@ -164,6 +208,13 @@ def _activations(spec: ExpertSpec, block: int, hidden: torch.Tensor, overlap: bo
         QUANTISED=quantised, GROUPS=formats.PREPARED_GROUPS, OVERLAP=overlap, num_warps=4, **COMPILED_WITH,
     )  # fmt: skip
     return x
+
+
+def _aligned(spec: ExpertSpec, hidden: torch.Tensor) -> torch.Tensor:
+    """The input with rows that begin at multiples of 16 bytes, zeros behind their last column."""
+    if spec.hidden % QUAD or hidden.data_ptr() % (QUAD * WORD_BYTES):
+        hidden = functional.pad(hidden, (0, -spec.hidden % QUAD + QUAD))  # a copy in any case
+    return hidden
 
 
 def _rows(spec: ExpertSpec, n_rows: int, n_columns: int, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,14 @@ from cpu_kernels import ExpertSpec, reference_ffn, unpack_expert
 from cpu_kernels.format.layout import is_quantised
 from gpu_kernels.fused_choice import FusedChoice
 from tests.fake_device.tensors import DeviceTensor
+
+
+@dataclass(frozen=True)
+class FakeCut:
+    """As `gpu_kernels.triton.cuts.Cuts`."""
+
+    label: str
+    single: bool = False
 
 
 class StreamedKernels:
@@ -34,14 +43,24 @@ class StreamedKernels:
         """One kernel for all numbers of tokens."""
         return self.MAX_TOKENS
 
+    def candidates(self, spec: ExpertSpec, block: int, device: torch.device) -> tuple[FakeCut, ...]:
+        """One of several launches and one of a single launch."""
+        return FakeCut("several"), FakeCut("one launch", single=True)
+
+    def new_state(self, device: torch.device) -> torch.Tensor:
+        """See `gpu_kernels.triton.fused.new_state`."""
+        return torch.zeros(1, dtype=torch.int32, device=device)
+
     def run_group(
         self, spec: ExpertSpec, slots: torch.Tensor, slot_ids: torch.Tensor, offsets: torch.Tensor,
         rows: torch.Tensor, n_tokens: list[int], hidden: torch.Tensor, weights: torch.Tensor, top_k: int,
         out: torch.Tensor, prepared: dict[ExpertSpec, torch.Tensor] | None = None, most: int | None = None,
+        cuts: FakeCut | None = None, state: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
         """Computes the group's rows into `out`; see `gpu_kernels.triton.fused.run_group`."""
         if prepared is not None:
             prepared.setdefault(spec, hidden)
+        assert cuts is None or not cuts.single or state is not None, "programs that wait need counters"
         with self._cards.noting_whole():
             n_rows = n_tokens if most is None else offsets.inner.diff().tolist()  # type: ignore[attr-defined]
             assert most is None or max(n_rows) <= most, "no program is launched for the others"

@@ -193,7 +193,7 @@ def test_no_kernel_overlaps_where_triton_cannot_say_so(monkeypatch: pytest.Monke
     monkeypatch.setattr(cuts, "CAN_OVERLAP", False)
     assert not any(cut.overlap for cut in cuts.candidates("int4", 1, (9, 0)))
     monkeypatch.setattr(cuts, "CAN_OVERLAP", True)
-    assert all(cut.overlap for cut in cuts.candidates("int4", 1, (9, 0)))
+    assert all(cut.overlap for cut in cuts.candidates("int4", 1, (9, 0)) if not cut.single)
 
 
 @needs_triton

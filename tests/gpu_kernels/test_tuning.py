@@ -24,6 +24,7 @@ LONG_S = 60.0
 @dataclass(frozen=True)
 class Named:
     label: str
+    single: bool = False
 
 
 class Kernels:
@@ -33,6 +34,8 @@ class Kernels:
 
     def __init__(self) -> None:
         self.used: list[Any] = []
+        self.states: list[Any] = []
+        self.one_launch = False
 
     def supports(self, spec: ExpertSpec) -> bool:
         return True
@@ -44,10 +47,16 @@ class Kernels:
         return 1 if max(n_tokens) == 1 else 16
 
     def candidates(self, spec: ExpertSpec, block: int, device: torch.device) -> Sequence[Named]:
-        return (Named("usual"), Named("wide"), Named("deep")) if block == 1 else (Named("tile"),)
+        if block > 1:
+            return (Named("tile"),)
+        return Named("usual"), Named("wide", self.one_launch), Named("deep")
 
-    def run_group(self, *arguments: Any, cuts: Any = None) -> None:
+    def new_state(self, device: torch.device) -> torch.Tensor:
+        return torch.zeros(1, device=device)
+
+    def run_group(self, *arguments: Any, cuts: Any = None, state: torch.Tensor | None = None) -> None:
         self.used.append(cuts)
+        self.states.append(state)
         arguments[-1].fill_(1.0)
 
 
@@ -153,6 +162,35 @@ def test_a_session_uses_what_was_chosen(timings: Timings, monkeypatch: pytest.Mo
     assert not choice.tune(SPEC, slots, 0.0)
     assert choice.is_right(SPEC, 1), "the same cut as before"
     assert run(3) is None
+
+
+def test_counters_of_one_launch_are_made_with_its_choice_and_stay(
+    timings: Timings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not while work is recorded, and the same for every call of an accelerator, whatever its kind of experts."""
+    kernels = Kernels()
+    kernels.one_launch = True
+    choice = FusedChoice(kernels)
+    clock = Clocked(usual=10.0, wide=7.0, deep=8.0)
+    monkeypatch.setattr("gpu_kernels.fused_choice.timer", lambda *_: clock)
+    monkeypatch.setattr("gpu_kernels.fused_choice.setting_of", lambda _: "some card")
+    slots, other = torch.zeros(1, SPEC.record_bytes, dtype=torch.uint8), ExpertSpec(64, 64, "int8")
+
+    def run(spec: ExpertSpec, n_tokens: int) -> Any:
+        ids, offsets = torch.zeros(1, dtype=torch.int32), torch.tensor([0, n_tokens], dtype=torch.int32)
+        out = torch.zeros(n_tokens, 64)
+        group = Group(ids, offsets, torch.arange(n_tokens), [n_tokens], out, torch.ones(n_tokens), 1, out)
+        choice.run(spec, slots, group, lambda: None)
+        return kernels.states[-1]
+
+    assert run(SPEC, 1) is None, "the default needs none"
+    assert choice.tune(SPEC, slots, LONG_S)
+    assert choice.tune(other, slots, LONG_S)
+    state = run(SPEC, 1)
+    assert state is not None
+    assert run(SPEC, 1) is state
+    assert run(other, 1) is state
+    assert run(SPEC, 3) is None
 
 
 def test_the_host_has_nothing_to_time() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -84,6 +85,30 @@ def kernel_rates(
             for dtype in dtypes:
                 progress(f"{shape.name} {dtype}")
                 rows += _rates(device, fused, shape, dtype, tokens, plain_gbps)
+    return rows
+
+
+def one_token_cuts(device: torch.device, shape: Shape, dtype: ExpertDtype) -> Sequence[Any]:
+    """The cuts for one token of an expert that a session may choose from on the device, those of one launch among them;
+    each has a `label`."""
+    fused = fused_choice.load_fused()
+    return () if fused is None else fused.module.candidates(ExpertSpec(shape.hidden, shape.inter, dtype), 1, device)
+
+
+def cut_rates(device: torch.device, shape: Shape, dtype: ExpertDtype, cuts: Any) -> list[KernelRate]:
+    """As `kernel_rates` for one token, by kernels cut so, whether a session would choose them or not."""
+    fused, spec = fused_choice.load_fused(), ExpertSpec(shape.hidden, shape.inter, dtype)
+    n_slots = max(-(-POOL_BYTES // spec.record_bytes), shape.k)
+    if fused is None or spec.record_bytes * n_slots > memory_info(device)[0] // 2:
+        return []
+    rows = []
+    with torch.accelerator.device_index(device.index), torch.no_grad():
+        fused.take(spec, fused.module.block_tokens([1]), cuts, device)
+        slots, plain_gbps = random_slots(spec, n_slots, device), read_gbps(device)
+        for n_experts in sorted({shape.k, FEW_EXPERTS}, reverse=True):
+            us = _call_us(device, fused, spec, slots, n_experts, 1)
+            gbps = n_experts * spec.record_bytes / (us * 1e3)
+            rows.append(KernelRate(shape.name, dtype, 1, n_experts, us, gbps, gbps / plain_gbps, cuts.label))
     return rows
 
 

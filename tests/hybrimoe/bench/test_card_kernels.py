@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from cpu_kernels import ExpertSpec, unpack_expert
 from gpu_kernels import fused_choice
+from hybrimoe.bench.gpu_check.findings import Findings
+from hybrimoe.bench.gpu_check.sections.kernels import cuts_of_one_token
 from hybrimoe.bench.kernels import card
 from hybrimoe.bench.kernels.measure import ParityError
 from hybrimoe.bench.kernels.setting import Shape
@@ -57,6 +59,17 @@ def test_the_command_prints_what_was_measured(cards: Cards, monkeypatch: pytest.
     refused = CliRunner().invoke(app, [*words[:-2], "--shape", "large"])
     assert refused.exit_code == 2
     assert "shapes are small" in refused.output.replace("\n", " ")
+
+
+def test_every_cut_of_one_token_is_timed_by_itself(cards: Cards) -> None:
+    """Also that of one launch, which a session takes only where it was found to be faster."""
+    findings = Findings()
+    cuts_of_one_token(findings, torch.device(f"{DEVICE_TYPE}:0"), SMALL, "int4")
+    rows = findings.tables["one token an expert"]
+    assert [(row["cut"], row["experts"]) for row in rows] == [
+        ("several", 3), ("several", 2), ("one launch", 3), ("one launch", 2),
+    ]  # fmt: skip
+    assert not findings.problems
 
 
 def test_what_does_not_fit_is_left_out(cards: Cards) -> None:

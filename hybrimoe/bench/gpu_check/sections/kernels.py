@@ -11,7 +11,14 @@ from cpu_kernels import ExpertDtype
 from hybrimoe.bench.gpu_check.findings import Findings, SkippedError
 from hybrimoe.bench.gpu_check.sections.timing import device_us, require_cuda
 from hybrimoe.bench.gpu_check.setting import Setting
-from hybrimoe.bench.kernels.card import CARD_DTYPES, CARD_SHAPES, kernel_rates, read_gbps
+from hybrimoe.bench.kernels.card import (
+    CARD_DTYPES,
+    CARD_SHAPES,
+    cut_rates,
+    kernel_rates,
+    one_token_cuts,
+    read_gbps,
+)
 from hybrimoe.bench.kernels.setting import Shape
 
 TOKENS = (1, 2, 4, 8, 16, 64)
@@ -34,6 +41,20 @@ def run(setting: Setting, findings: Findings) -> None:
             if findings.time_for(f"{shape.name} {dtype}, {n_tokens} tokens"):
                 with findings.part(f"{shape.name} {dtype}, {n_tokens} tokens"):
                     _rates(findings, device, shape, dtype, n_tokens)
+        cuts_of_one_token(findings, device, shape, dtype)
+
+
+def cuts_of_one_token(findings: Findings, device: torch.device, shape: Shape, dtype: ExpertDtype) -> None:
+    """Each way to compute one token an expert that the card may choose from: in several launches, or in one."""
+    for cuts in one_token_cuts(device, shape, dtype):
+        what = f"{shape.name} {dtype}, {cuts.label}"
+        if findings.time_for(what):
+            with findings.part(what):
+                for rate in cut_rates(device, shape, dtype, cuts):
+                    findings.row(
+                        "one token an expert", shape=rate.shape, dtype=rate.dtype, experts=rate.experts, cut=rate.cut,
+                        us=round(rate.us, 1), of_read_rate=f"{rate.read_share:.0%}",
+                    )  # fmt: skip
 
 
 def _rates(findings: Findings, device: torch.device, shape: Shape, dtype: ExpertDtype, n_tokens: int) -> None:
