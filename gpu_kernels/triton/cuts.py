@@ -19,6 +19,9 @@ FEW_TOKENS = 4
 """Up to so many tokens, multiplying them one by one takes no longer than reading the record."""
 HOPPER = 9
 """Major compute capability of the cards whose tensor cores read an operand from shared memory."""
+BLACKWELL = 12
+"""Major compute capability of the cards whose compiler keeps an int8 tile of 128 tokens in no less than eight warps'
+registers."""
 OVERLAP_FROM = (9, 0)
 """Compute capability of the first NVIDIA cards that start a kernel before the one before it has ended."""
 
@@ -63,7 +66,9 @@ def capability_of(device: torch.device) -> tuple[int, int] | None:
 def candidates(dtype: ExpertDtype, block: int, capability: tuple[int, int] | None) -> tuple[Cuts, ...]:
     """Cuts worth trying for programs of `block` tokens on such a card, the default first."""
     if block > FEW_TOKENS:  # tensor cores are busy: kernels that overlapped were slower (H200)
-        wide = dtype == "bfloat16" and block == BLOCK_TOKENS[-1] and (capability is None or capability[0] != HOPPER)
+        major = None if capability is None else capability[0]
+        spills = (dtype == "bfloat16" and major != HOPPER) or (dtype == "int8" and major == BLACKWELL)
+        wide = spills and block == BLOCK_TOKENS[-1]
         return (_WIDE_TILES if wide else _TILES,)
     overlap = CAN_OVERLAP and capability is not None and capability >= OVERLAP_FROM
     several = tuple(replace(cuts, overlap=overlap) for cuts in _FEW[block][dtype])
