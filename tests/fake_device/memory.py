@@ -12,6 +12,8 @@ from tests.fake_device.streams import FakeStream
 if TYPE_CHECKING:
     from tests.fake_device.cards import Cards
 
+Accesses = dict[tuple[int, int, int], tuple[int, str]]
+"""Of bytes [lo, hi) by a stream: the tick of the latest one, and the operation."""
 POISON_BYTE = 0xFF
 """Fills what nobody has written: NaN in every float type."""
 
@@ -21,15 +23,15 @@ class Memory:
 
     def __init__(self, cards: Cards, owner: FakeStream, n_bytes: int) -> None:
         self.cards, self._owner, self.n_bytes = cards, owner, n_bytes
-        self._reads: dict[tuple[int, int, int], int] = {}
-        self._writes: dict[tuple[int, int, int], int] = {}
+        self._reads: Accesses = {}
+        self._writes: Accesses = {}
         cards.allocate(owner.device, n_bytes)
         weakref.finalize(self, _freed, cards, owner, n_bytes, self._reads, self._writes).atexit = False
 
     def read(self, at: tuple[int, int], stream: FakeStream, tick: int, what: str) -> None:
         """A read of bytes [lo, hi) by the operation `what`."""
         self._check(self._writes, at, stream, f"{what} reads what may not have been written yet")
-        self._reads[(*at, stream.number)] = tick
+        self._reads[(*at, stream.number)] = tick, what
 
     def write(self, at: tuple[int, int], stream: FakeStream, tick: int, what: str) -> None:
         """A write of bytes [lo, hi) by the operation `what`."""
@@ -39,7 +41,7 @@ class Memory:
         for accesses in (self._reads, self._writes):
             for key in [key for key in accesses if lo <= key[0] and key[1] <= hi]:
                 del accesses[key]
-        self._writes[(lo, hi, stream.number)] = tick
+        self._writes[(lo, hi, stream.number)] = tick, what
 
     def record_stream(self, stream: FakeStream) -> None:
         """As torch's: when it is freed, the allocator waits for what `stream` did with it."""
@@ -47,12 +49,12 @@ class Memory:
             for key in [key for key in accesses if key[2] == stream.number]:
                 del accesses[key]
 
-    def _check(
-        self, accesses: dict[tuple[int, int, int], int], at: tuple[int, int], stream: FakeStream, problem: str
-    ) -> None:
-        for (lo, hi, other), tick in accesses.items():
+    def _check(self, accesses: Accesses, at: tuple[int, int], stream: FakeStream, problem: str) -> None:
+        for (lo, hi, other), (tick, what) in accesses.items():
             if lo < at[1] and at[0] < hi and stream.seen.get(other, 0) < tick:
-                self.cards.report(f"race on {stream.device}, stream {stream.number} against {other}: {problem}")
+                self.cards.report(
+                    f"race on {stream.device}, stream {stream.number} against {other}: {problem}, by {what}"
+                )
                 return
 
 
@@ -74,11 +76,11 @@ def poison(inner: torch.Tensor) -> None:
 
 
 def _freed(
-    cards: Cards, owner: FakeStream, n_bytes: int, reads: dict[tuple[int, int, int], int],
-    writes: dict[tuple[int, int, int], int],
+    cards: Cards, owner: FakeStream, n_bytes: int, reads: Accesses,
+    writes: Accesses,
 ) -> None:  # fmt: skip
     cards.free(owner.device, n_bytes)
-    for (_, _, other), tick in (*reads.items(), *writes.items()):
+    for (_, _, other), (tick, what) in (*reads.items(), *writes.items()):
         if other != owner.number and max(owner.seen.get(other, 0), cards.host.get(other, 0)) < tick:
-            cards.report(f"memory of {owner.device} is freed while stream {other} may still use it")
+            cards.report(f"memory of {owner.device} is freed while stream {other} may still use it: {what}")
             return

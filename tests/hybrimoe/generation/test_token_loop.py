@@ -29,6 +29,7 @@ from gpu_kernels.driver.queue import SLOTS, STRIDE
 from hybrimoe.generation import SamplingOptions, TextGenerator
 from hybrimoe.runtime.exchanged import ExchangedExperts
 from hybrimoe.runtime.layer_call.call import ExpertsCall
+from hybrimoe.runtime.layer_call.lanes import Lanes
 from hybrimoe.runtime.layer_call.slots import TransferQueue
 from hybrimoe.runtime.token_loop import compiled as at_place
 from hybrimoe.runtime.token_loop.loop import TokenLoop
@@ -38,7 +39,7 @@ from scheduler.machine.profile import AccelProfile, CpuProfile, LinkProfile
 from tests.fake_device import Cards, ManualClock, fake_cards
 from tests.fake_device.driver import FakeDriver
 from tests.fake_device.fused import StreamedKernels
-from tests.fake_device.graphs import CardGraphs
+from tests.fake_device.graphs import CardGraph, CardGraphs
 from tests.fake_device.streams import FakeStream, join
 from tests.hybrimoe.generation.test_on_cards import N_LAYERS, N_TOKENS, ONE, PROMPT, greedy, own_cache, save_model
 
@@ -465,3 +466,44 @@ def test_prompts_that_stream_through_slots_and_tokens_by_the_loop_take_turns(
     assert found == expected
     assert n_calls >= 2 * N_LAYERS
     assert n_looped >= 5
+
+
+@pytest.mark.parametrize("looped", [True, False])
+def test_the_cpu_computes_while_the_link_is_busy(
+    run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch, looped: bool
+) -> None:
+    """Between a layer's copies and the piece behind it, when the CPU computes its share, no time goes by: nobody waits
+    for the copies, which take long."""
+    copied_us, met, launches = [0.0], [0], [False]
+    transfer, replay, launch = Cards.transfer, CardGraph.replay, Lanes.launch
+
+    def launched(lanes: Lanes, *args: Any) -> None:
+        launches[0] = True
+        launch(lanes, *args)
+        launches[0] = False
+
+    def copying(cards: Cards, stream: Any, what: str, n_bytes: int, *args: Any) -> int:
+        answers = launches[0]
+        if looped and Run.latest is not None and Run.latest.step._captured:
+            answers = Run.latest.loop._token[at_place.STAGE] == at_place.ANSWERS
+        if answers and Run.latest is not None and what == "copy to the card" and n_bytes > 10_000:
+            copied_us[0] = cards.clock.now_us()
+        return transfer(cards, stream, what, n_bytes, *args)
+
+    def launching(graph: CardGraph) -> None:
+        if copied_us[0]:
+            assert graph._cards.clock.now_us() == copied_us[0]
+            met[0] += 1
+            copied_us[0] = 0.0
+        replay(graph)
+
+    monkeypatch.setattr(Cards, "transfer", copying)
+    monkeypatch.setattr(Lanes, "launch", launched)
+    monkeypatch.setattr(CardGraph, "replay", launching)
+    if not looped:
+        monkeypatch.setattr("hybrimoe.step.captured.CapturedStep._loop_over", lambda step, pieces: None)
+    with fake_cards(1, clock=ManualClock(), link_gbps=SLOW_LINK_GBPS) as cards:
+        found = run(cards, gpu_expert_slots=5)
+    assert (found.pieces.loop is not None) == looped
+    decode = found.stats.by_phase["decode"]
+    assert met[0] > 0 < decode.cpu_experts
