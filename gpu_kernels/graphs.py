@@ -37,7 +37,7 @@ class RecordsGraphs(Protocol):
 
     def recording(self) -> AbstractContextManager[object]:
         """Within the block, pieces may be recorded, and what runs between them runs apart from all other work. Nothing
-        of a piece is under way when the block ends, failed or not."""
+        is under way on the device when the block ends, failed or not."""
 
     def begin(self) -> None:
         """What is submitted from here on belongs to a new piece. Memory that it takes stays the piece's, and may be

@@ -16,8 +16,8 @@ import numpy.typing as npt
 import torch
 
 from gpu_kernels.errors import DriverError
-from gpu_kernels.graphs import Graph
-from gpu_kernels.waiting import limit_of
+from gpu_kernels.graphs import Graph, RecordsGraphs, graphs_of
+from gpu_kernels.waiting import wait_for_stream
 
 (LAUNCH, QUERY_STREAM, QUERY, RECORD, AWAIT, COPY, ELAPSED, N_FUNCTIONS) = range(8)
 """Places of `Driver.addresses`: C functions of integers and addresses that return an error number.
@@ -122,30 +122,38 @@ def driver_of(device: torch.device) -> Driver:
         raise DriverError(f"{SWITCH} switches it off")
     if device.type != "cuda" or torch.version.hip is not None:
         raise DriverError(f"only NVIDIA's driver is called by compiled code, this is {device}")
+    graphs = graphs_of(device)
+    if graphs is None:
+        raise DriverError(f"torch records no graphs on {device}")
     with torch.accelerator.device_index(device.index):
         driver = CudaDriver(device)
-        try_out(driver, device)
+        try_out(driver, device, graphs)
     return driver
 
 
-def try_out(driver: Driver, device: torch.device) -> None:
-    """Copies some bytes and asks for the end by the driver's functions. Raises DriverError where that gives something
-    else than torch does, and LostError where it does not end."""
+def try_out(driver: Driver, device: torch.device, graphs: RecordsGraphs) -> None:
+    """Copies some bytes, launches a graph behind the copy and asks for the ends, by the driver's functions. Raises
+    DriverError where that gives something else than torch does, and LostError where it does not end."""
     sent = torch.empty(TRIAL_BYTES, dtype=torch.uint8, pin_memory=True)
     sent.copy_(torch.arange(TRIAL_BYTES) % 251)
     landed = torch.zeros(TRIAL_BYTES, dtype=torch.uint8, device=device)
+    computed = landed + 1  # a kernel is loaded on its first use, which no recording allows
+    with graphs.recording():
+        graphs.begin()
+        torch.add(landed, 1, out=computed)
+        graph = graphs.end()
+    # A recording leaves nothing under way, so that the copy has nothing to wait for.
     stream, events = torch.Stream(device), [driver.new_event(), driver.new_event()]
-    stream.wait_stream(torch.accelerator.current_stream(device))
-    named, milliseconds = driver.stream(stream), np.zeros(1, np.float32)
+    named, computes, milliseconds = driver.stream(stream), driver.stream(None), np.zeros(1, np.float32)
     calls: list[tuple[int, tuple[int, ...]]] = [
         (RECORD, (events[0], named)), (COPY, (landed.data_ptr(), sent.data_ptr(), TRIAL_BYTES, named)),
-        (RECORD, (events[1], named)), (AWAIT, (driver.stream(None), events[1], 0)),
+        (RECORD, (events[1], named)), (AWAIT, (computes, events[1], 0)), (LAUNCH, (driver.graph(graph), computes)),
     ]  # fmt: skip
     try:
         for function, arguments in calls:
             require(driver, driver.call(function, *arguments))
-        limit_of(device).wait(stream, "a first copy by the driver")
-        for function, argument in ((QUERY, events[1]), (QUERY_STREAM, named)):
+        wait_for_stream(device, "a first copy and a first graph by the driver")
+        for function, argument in ((QUERY, events[1]), (QUERY_STREAM, named), (QUERY_STREAM, computes)):
             require(driver, driver.call(function, argument))
         require(driver, driver.call(ELAPSED, milliseconds.ctypes.data, *events))
     finally:
@@ -153,6 +161,8 @@ def try_out(driver: Driver, device: torch.device) -> None:
             driver.free_event(event)
     if milliseconds[0] < 0.0 or not torch.equal(landed.cpu(), sent):
         raise DriverError("a copy by the driver's functions gave other bytes than were sent")
+    if not torch.equal(computed.cpu(), sent + 1):
+        raise DriverError("a graph launched by the driver's functions computed something else than was recorded")
 
 
 def require(driver: Driver, code: int) -> None:

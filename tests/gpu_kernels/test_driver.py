@@ -48,9 +48,11 @@ from gpu_kernels.driver.queue import (
 )
 from gpu_kernels.driver.queue import SLOT as ENTRY_SLOT
 from gpu_kernels.errors import DriverError, LostError
+from gpu_kernels.graphs import UNCACHED
 from gpu_kernels.slot_events import SlotEvents
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
 from tests.fake_device.driver import FakeDriver
+from tests.fake_device.graphs import CardGraphs
 
 CUDA = torch.device("cuda", 0)
 
@@ -169,25 +171,37 @@ def test_why_a_device_has_none(monkeypatch: pytest.MonkeyPatch, device: str, val
 def test_the_driver_is_tried_out() -> None:
     with fake_cards(1) as cards:
         driver, device = FakeDriver(cards), cards.device(0)
-        try_out(driver, device)
-        assert {COPY, RECORD, AWAIT, QUERY, QUERY_STREAM, ELAPSED} <= set(driver.calls)
+        try_out(driver, device, CardGraphs(cards))
+        assert {LAUNCH, COPY, RECORD, AWAIT, QUERY, QUERY_STREAM, ELAPSED} <= set(driver.calls)
         assert driver.error is None
 
 
-@pytest.mark.parametrize("function", ["_copy", "_record", "_await", "_elapsed"])
+@pytest.mark.parametrize("function", ["_launch", "_copy", "_record", "_await", "_query", "_elapsed"])
 def test_a_driver_that_refuses_is_not_used(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
     def refuse(driver: FakeDriver, *arguments: int) -> None:
         raise RuntimeError("not permitted")
 
     monkeypatch.setattr(FakeDriver, function, refuse)
     with fake_cards(1) as cards, pytest.raises(DriverError, match="not permitted \\(error 999 of the driver\\)"):
-        try_out(FakeDriver(cards), cards.device(0))
+        try_out(FakeDriver(cards), cards.device(0), CardGraphs(cards))
 
 
 def test_a_driver_that_copies_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(FakeDriver, "_copy", lambda driver, *arguments: 0)
     with fake_cards(1) as cards, pytest.raises(DriverError, match="gave other bytes than were sent"):
-        try_out(FakeDriver(cards), cards.device(0))
+        try_out(FakeDriver(cards), cards.device(0), CardGraphs(cards))
+
+
+def test_a_driver_that_launches_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeDriver, "_launch", lambda driver, *arguments: 0)
+    with fake_cards(1) as cards, pytest.raises(DriverError, match="computed something else than was recorded"):
+        try_out(FakeDriver(cards), cards.device(0), CardGraphs(cards))
+
+
+def test_without_graphs_there_is_no_driver(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(UNCACHED, "1")
+    with pytest.raises(DriverError, match="torch records no graphs on cuda:0"):
+        driver_of(CUDA)
 
 
 class Rig:

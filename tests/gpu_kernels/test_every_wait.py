@@ -25,6 +25,7 @@ from scheduler.machine.profile import AccelProfile, CpuProfile, LinkProfile
 from tests.fake_device import DEVICE_TYPE, ManualClock, fake_cards
 from tests.fake_device.driver import FakeDriver
 from tests.fake_device.fused import StreamedKernels
+from tests.fake_device.graphs import CardGraphs
 from tests.fake_device.mutants import Site, sites, without
 from tests.hybrimoe.runtime.conftest import HIDDEN, MiniExperts
 
@@ -160,7 +161,7 @@ def a_piece_that_sends_its_call() -> None:
 def a_driver_that_is_tried_out() -> None:
     """Its copy takes long."""
     with fake_cards(1, clock=ManualClock(), link_gbps=1e-4) as cards:
-        functions.try_out(FakeDriver(cards), cards.device(0))
+        functions.try_out(FakeDriver(cards), cards.device(0), CardGraphs(cards))
         cards.check()
 
 
